@@ -1,0 +1,94 @@
+"""One step's arrays: what the runner fills and a Program computes. Plain shapes, shared by every kernel build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+UInt32 = NDArray[np.uint32]
+UInt64 = NDArray[np.uint64]
+
+
+@dataclass(slots=True)
+class SamplingArrays:
+    """How each row that wants a token chooses it. R rows, in the order of StepBatch.logits_rows.
+
+    A row's logits go through, in this order: repetition penalty over `history`; presence and frequency penalties
+    over the output part of it; logit bias (-inf forbids a token); the grammar mask; then temperature, top-k,
+    top-p, min-p; then one draw keyed by (seed, choice, position). temperature 0 takes the best token (the lowest id
+    among equals) after penalties, bias and mask.
+    """
+
+    temperature: Float32  # [R]
+    top_k: Int32  # [R], <= 0: off
+    top_p: Float32  # [R], 1: off
+    min_p: Float32  # [R], 0: off
+    repetition_penalty: Float32  # [R], 1: off
+    presence_penalty: Float32  # [R], 0: off
+    frequency_penalty: Float32  # [R], 0: off
+    seed: UInt64  # [R]
+    choice: Int32  # [R]
+    position: Int32  # [R], absolute position (prompt and output) of the token to be chosen
+    history_starts: Int32  # [R + 1] into history_tokens; a row with all penalties off may be empty
+    history_output_starts: Int32  # [R], where in history_tokens the row's output begins
+    history_tokens: Int32  # [H], prompt then output
+    bias_starts: Int32  # [R + 1] into bias_tokens
+    bias_tokens: Int32  # [B]
+    bias_values: Float32  # [B], added; -inf forbids
+    mask_rows: Int32 | None = None  # [R] row of `masks`, -1: none
+    masks: UInt32 | None = None  # [num_masks, ceil(vocab / 32)], bit t of word w allows token 32 w + t
+    mask_ready: Int32 | None = None  # [num_masks], another thread stores 1 when the row is written; waited for
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """T tokens of Q requests, flat. Request q owns tokens query_starts[q] to query_starts[q + 1].
+
+    Its keys and values lie in block_tables[g, q]; position p is slot p % 32 of entry p // 32. A step writes the
+    keys and values of its own tokens first, then each token attends positions 0 to its own (causal) or to the end
+    of the request (not causal).
+    """
+
+    token_ids: Int32  # [T]; -1 - r stands for the token that row r of the previous step chose
+    positions: Int32  # [T], consecutive within a request
+    query_starts: Int32  # [Q + 1]
+    seq_lens: Int32  # [Q], tokens of context once this step is done
+    block_tables: Int32  # [num_kv_groups, Q, max_blocks]; entries past the sequence are not read
+    logits_rows: Int32  # [R], indices into T, ascending
+    sampling: SamplingArrays | None = None  # None: nothing is chosen
+    logits: Float32 | None = None  # out [R, vocab], raw logits, before penalties
+    hidden: Float32 | None = None  # out [R, hidden], after the final norm
+    adapters: Int32 | None = None  # [T], -1: none
+    causal: bool = True
+
+
+class Program(Protocol):
+    """A DecoderSpec and its packed weights, compiled for one instruction set, with the KV memory it writes."""
+
+    num_blocks: int
+    threads: int
+    isa: str
+
+    def step(self, batch: StepBatch) -> Int32:
+        """Run the whole forward pass and the sampler; returns the chosen tokens, int32 [R] (empty without sampling).
+
+        Raises ValueError, before anything is written, for arrays of the wrong shape or indices out of range.
+        """
+        ...
+
+    def copy_blocks(self, pairs: Int32) -> None:
+        """Copy KV blocks, int32 [n, 2] of (from, to)."""
+        ...
+
+    def close(self) -> None:
+        """Stop the threads and free the KV memory. Idempotent."""
+        ...
+
+
+Weights = Mapping[str, "np.ndarray | object"]

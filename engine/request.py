@@ -1,0 +1,135 @@
+"""What crosses the engine's boundary: requests in, token deltas out.
+
+These structures travel between processes as msgpack, so they hold plain data only.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from engine.errors import RequestError
+
+
+class FinishReason(str, enum.Enum):
+    """Why a request ended."""
+
+    STOP = "stop"  # an end-of-turn token, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    ABORT = "abort"  # the caller went away
+    DEADLINE = "deadline"  # the request's deadline passed first
+    ERROR = "error"  # the engine failed it; TokenDelta.error says how
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens and when to stop.
+
+    `stop` strings are applied where text is made (server, LLM), never in the engine process; everything else is
+    applied by the engine. Repetition penalty counts prompt and output, presence and frequency count output only.
+    """
+
+    max_tokens: int | None = None  # None: until the context is full
+    min_tokens: int = 0  # end-of-turn, stop tokens and stop strings wait until this many were produced
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def validate(self) -> None:
+        """Raise RequestError, naming the field, on the first value outside its range."""
+
+        def need(ok: bool, param: str, allowed: str) -> None:
+            if not ok:
+                raise RequestError(f"{param} must be {allowed}, got {getattr(self, param)!r}.", param=param)
+
+        # Comparisons are written so that NaN fails them.
+        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(self.min_tokens >= 0, "min_tokens", "at least 0")
+        need(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", f"at most {self.max_tokens=}"
+        )
+        need(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
+        need(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        need(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive count")
+        need(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        need(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "above 0 and at most 10")
+        need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        for token_id, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise RequestError(
+                    f"logit_bias values must be between -100 and 100, got {bias!r} for token {token_id}.",
+                    param="logit_bias",
+                )
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to continue: everything the engine needs, and everything a replay after a crash needs.
+
+    A resumed request carries what was already produced in `output_token_ids`, apart from the prompt: penalties,
+    min_tokens and max_tokens count it as output. Randomness is keyed by (seed, choice_index, absolute position).
+    """
+
+    request_id: str  # unique among live requests
+    model: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    seed: int  # 0 <= seed < 2**64, always concrete: the server draws one where the caller gave none
+    output_token_ids: list[int] = []
+    choice_index: int = 0
+    group_id: str = ""  # siblings of one `n` request share it; choice 0 fills their common prefix
+    adapter: str | None = None
+    priority: int = 0  # lower runs first, as in vLLM
+    tenant: str = ""
+    deadline: float | None = None  # Unix time, seconds
+    cache_salt: str = ""  # prefix-cache blocks are shared only between equal salts
+    grammar: str | None = None
+    prompt_logprobs: int | None = None
+    pooling: str | None = None
+
+
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Zero to k new tokens of one request."""
+
+    request_id: str
+    position: int  # index, among the output tokens, of token_ids[0]
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the token that ended the request (it is the last of token_ids)
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    error: str | None = None
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine and its model can do."""
+
+    engine: str  # "native"
+    model: str
+    max_model_len: int
+    vocab_size: int
+    features: frozenset[str] = frozenset()  # of: grammar, prompt_logprobs, adapter, embed
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A snapshot of the engine; counters only grow during the life of one engine process."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0  # reusable now: never used, or cached and unreferenced
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed, cached ones not among them
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_requests_finished: int = 0
+    step_seconds: float = 0.0  # total time inside kernels
+    num_restarts: int = 0  # of the engine process
