@@ -73,6 +73,14 @@ class MatrixFormat:
         return self.num_strips * self.num_groups * self.cell_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """One tensor of a packed checkpoint: a matrix in this layout, or a vector (format None)."""
+
+    format: MatrixFormat | None
+    data: NDArray[np.uint8] | NDArray[np.float32]  # uint8 [format.nbytes], read-only; a vector: float32 [length]
+
+
 def pack_matrix(
     quants: NDArray[np.uint8],
     scales: NDArray[np.float16],
