@@ -24,6 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+LAYOUT_VERSION = 1
+"""Raise it with every change of what is described above: files packed in another version are packed again."""
+
 STRIP = 64
 GROUP = 32
 LANES = 16
