@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.kernels.layout import PackedTensor
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 UInt32 = NDArray[np.uint32]
@@ -19,10 +21,25 @@ UInt64 = NDArray[np.uint64]
 class SamplingArrays:
     """How each row that wants a token chooses it. R rows, in the order of StepBatch.logits_rows.
 
-    A row's logits go through, in this order: repetition penalty over `history`; presence and frequency penalties
-    over the output part of it; logit bias (-inf forbids a token); the grammar mask; then temperature, top-k,
-    top-p, min-p; then one draw keyed by (seed, choice, position). temperature 0 takes the best token (the lowest id
-    among equals) after penalties, bias and mask.
+    A row's logits l, float32, go through these in order:
+
+    1. repetition penalty: for each token of the row's history, once, l = l / r where l > 0, else l * r
+    2. presence and frequency: l = l - (frequency * count + presence) for each token that the output part of the
+       history holds `count` > 0 times
+    3. logit bias: l = l + value, entry by entry; -inf forbids a token
+    4. grammar mask: a token whose bit is 0 is forbidden. A logit that is not finite is forbidden too.
+    5. temperature 0 takes the largest l, the lowest id among equals, and ends here. Otherwise a token weighs
+       w = exp((l - lmax) / temperature), so the best one weighs exactly 1, and "in order" means by falling l, the
+       lower id first among equals
+    6. top-k keeps the first k tokens in order
+    7. top-p keeps, of those, the shortest beginning of the order whose weight reaches top_p times the weight of all
+       of them: at least one token
+    8. min-p keeps, of those, the tokens with w >= min_p, which is probability >= min_p * the largest probability
+    9. one draw: u in [0, 1) is the upper 24 bits of the first word of Philox4x32-10 (Salmon et al., SC'11) with key
+       (seed's low word, its high word) and counter (position, choice, 0, 0). Over the kept tokens by rising id, with a
+       running sum of w, it takes the first token whose sum exceeds u * the sum of all. Sums of weights are float64.
+
+    Where every token is forbidden, the row's result is -1.
     """
 
     temperature: Float32  # [R]
@@ -55,7 +72,7 @@ class StepBatch:
     of the request (not causal).
     """
 
-    token_ids: Int32  # [T]; -1 - r stands for the token that row r of the previous step chose
+    token_ids: Int32  # [T]; -1 - r: the token that row r of the previous step chose (token 0 where that is -1)
     positions: Int32  # [T], consecutive within a request
     query_starts: Int32  # [Q + 1]
     seq_lens: Int32  # [Q], tokens of context once this step is done
@@ -76,7 +93,9 @@ class Program(Protocol):
     isa: str
 
     def step(self, batch: StepBatch) -> Int32:
-        """Run the whole forward pass and the sampler; returns the chosen tokens, int32 [R] (empty without sampling).
+        """Run the whole forward pass and the sampler.
+
+        Returns the chosen tokens, int32 [R] (empty without sampling); -1 where every token was forbidden.
 
         Raises ValueError, before anything is written, for arrays of the wrong shape or indices out of range.
         """
@@ -91,4 +110,5 @@ class Program(Protocol):
         ...
 
 
-Weights = Mapping[str, "np.ndarray | object"]
+Weights = Mapping[str, PackedTensor]
+"""The tensors of `DecoderSpec.tensor_shapes`, by name."""
