@@ -1,0 +1,1 @@
+"""Between the scheduler's plain data and the program's flat arrays."""

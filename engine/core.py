@@ -1,0 +1,184 @@
+"""The engine's loop: receive -> schedule -> run -> update -> emit.
+
+`EngineCore` knows nothing of processes, text or the network. Whoever drives it calls `add` and `abort` between steps,
+and `step` while `has_work`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from engine.config import BLOCK_SIZE, EngineConfig, available_cpus, requested_isa
+from engine.errors import ConfigError, RequestError
+from engine.kernels import create_program
+from engine.kernels.batch import Program
+from engine.models.spec import ModelInfo
+from engine.request import Capabilities, EngineStats, Request, TokenDelta
+from engine.scheduler.scheduler import Scheduler
+from engine.worker.runner import Runner
+
+if TYPE_CHECKING:
+    from engine.weights import PackedModel
+
+logger = logging.getLogger("seraph.engine")
+
+
+class EngineCore:
+    """One model, its KV memory and its requests, driven from one thread.
+
+    `model` stays the caller's, who closes it after the core. `create` compiles the program; `clock` gives Unix time for
+    deadlines. Raises ConfigError where `config` asks for more context than the model or the KV memory has.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: PackedModel,
+        *,
+        create: Callable[..., Program] = create_program,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.model_name = model.name
+        self.info = model.info
+        self.max_model_len = resolve_max_model_len(config, model.info)
+        self.program = create(
+            model.info.spec,
+            model.weights,
+            num_blocks=config.num_blocks,
+            threads=config.threads or available_cpus(),
+            isa=requested_isa() if config.isa == "auto" else config.isa,
+        )
+        self._scheduler = Scheduler(
+            num_blocks=config.num_blocks,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            eos_token_ids=model.info.eos_token_ids,
+            clock=clock,
+        )
+        self._runner = Runner(
+            self.program,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+
+    def add(self, request: Request) -> None:
+        """Take a request; its deltas come out of `step`. Raises RequestError, and then nothing is kept of it."""
+        validate_request(request, model_name=self.model_name, vocab_size=self.info.spec.vocab_size)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request: no delta of it follows. One that ended already, or never was, is no error."""
+        self._scheduler.abort(request_id)
+
+    def step(self) -> list[TokenDelta]:
+        """Compute one step, at most max_num_batched_tokens tokens; returns what it produced and what it ended.
+
+        A step that the program fails ends its requests with FinishReason.ERROR; the others go on.
+        """
+        plan = self._scheduler.schedule()
+        if not plan.items:
+            return plan.ended
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("step %d: %s; %d waiting", self._runner.num_steps, plan, self._scheduler.num_waiting)
+        try:
+            chosen = self._runner.run(plan)
+        except Exception as error:
+            logger.exception("step %d failed: %s", self._runner.num_steps, plan)
+            return plan.ended + self._scheduler.fail(plan, f"{type(error).__name__}: {error}")
+        except BaseException:  # an interrupt: nothing was entered, so the plan may be computed again
+            self._scheduler.drop(plan)
+            raise
+        return plan.ended + self._scheduler.update(plan, chosen)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
+            num_steps=self._runner.num_steps,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_output_tokens=scheduler.num_output_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_requests_finished=scheduler.num_finished,
+            step_seconds=self._runner.step_seconds,
+        )
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            engine="native",
+            model=self.model_name,
+            max_model_len=self.max_model_len,
+            vocab_size=self.info.spec.vocab_size,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError with the details if any block, slot or request is lost or counted twice."""
+        self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Stop the program's threads and free the KV memory. Idempotent; the core cannot be used afterwards."""
+        self.program.close()
+
+
+def resolve_max_model_len(config: EngineConfig, info: ModelInfo) -> int:
+    """Tokens of context: the least of what the model was made for, what the KV memory holds and what was asked.
+
+    Raises ConfigError where more was asked explicitly than there is.
+    """
+    limit, kv_tokens = info.spec.max_position, config.num_blocks * BLOCK_SIZE
+    asked = config.max_model_len
+    if asked is None:
+        return min(limit, kv_tokens)
+    if asked > limit:
+        raise ConfigError(f"max_model_len must be at most {limit}, the model's context, got {asked}.")
+    if asked > kv_tokens:
+        raise ConfigError(
+            f"max_model_len must be at most {kv_tokens}, the tokens of KV memory (kv_cache_tokens), got {asked}."
+        )
+    return asked
+
+
+def validate_request(request: Request, *, model_name: str, vocab_size: int) -> None:
+    """Raise RequestError, naming the field, for what this engine cannot do or what has no meaning for its model."""
+    if request.model != model_name:
+        raise RequestError(
+            f"model must be {model_name!r}, got {request.model!r}.", param="model", code="model_not_found"
+        )
+    for name in ("adapter", "grammar", "prompt_logprobs", "pooling"):
+        if (value := getattr(request, name)) is not None:
+            raise RequestError(f"{name} is not supported by this engine, got {value!r}.", param=name)
+    if not request.prompt_token_ids:
+        raise RequestError("The prompt must have at least one token, got none.", param="prompt")
+    if not 0 <= request.seed < 2**64:
+        raise RequestError(f"seed must be in [0, 2**64), got {request.seed}.", param="seed")
+    if not 0 <= request.choice_index < 2**31:
+        raise RequestError(f"choice_index must be in [0, 2**31), got {request.choice_index}.", param="choice_index")
+    if request.deadline is not None and not math.isfinite(request.deadline):
+        raise RequestError(f"deadline must be a finite Unix time, got {request.deadline}.", param="deadline")
+    sampling = request.sampling
+    sampling.validate()
+    for param, ids in (
+        ("prompt", request.prompt_token_ids),
+        ("output_token_ids", request.output_token_ids),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", tuple(sampling.logit_bias)),
+    ):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = next(token for token in ids if not 0 <= token < vocab_size)
+            raise RequestError(f"{param}: token ids must be in [0, {vocab_size}), got {wrong}.", param=param)

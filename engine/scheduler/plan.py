@@ -1,0 +1,48 @@
+"""What one step computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.request import TokenDelta
+from engine.scheduler.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """Tokens start to start + num_tokens of one sequence."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool  # the last of them is the sequence's last: this step chooses its next token
+
+
+@dataclass(slots=True)
+class Plan:
+    """Tokens per sequence, nothing else: one token after many (decoding) and many after none (prefill) are alike."""
+
+    items: list[Scheduled] = field(default_factory=list)
+    num_tokens: int = 0  # over all items
+    ended: list[TokenDelta] = field(default_factory=list)  # requests that ended without computing (deadlines)
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        start = seq.num_computed
+        self.items.append(Scheduled(seq, start, num_tokens, start + num_tokens == len(seq.tokens)))
+        self.num_tokens += num_tokens
+
+    def discard(self, seq: Sequence) -> None:
+        """Take a sequence out again, if it is in: someone before it needs its blocks."""
+        for index, item in enumerate(self.items):
+            if item.seq is seq:
+                self.num_tokens -= item.num_tokens
+                del self.items[index]
+                return
+
+    def __str__(self) -> str:
+        """The step's composition on one line, for the debug log."""
+        parts = (
+            f"{item.seq.request.request_id}[{item.start}:{item.start + item.num_tokens}]{'*' * item.samples}"
+            for item in self.items
+        )
+        return f"{self.num_tokens} tokens of {len(self.items)} requests: {' '.join(parts)}"

@@ -1,0 +1,270 @@
+"""Turns a plan into one step's arrays, runs the program on them, and returns the chosen tokens.
+
+What does not change while a sequence runs (how it samples) or only grows (its block table, its history) is kept per
+slot and brought up to date; a step gathers the rows it needs. A decode step therefore costs a few array operations and
+a short loop, however long the contexts are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import BLOCK_SIZE
+from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch
+from engine.scheduler.plan import Plan, Scheduled
+from engine.scheduler.sequence import Sequence
+
+_INT32_MAX = 2**31 - 1
+_NO_INTS = np.zeros(0, np.int32)
+_NO_FLOATS = np.zeros(0, np.float32)
+
+
+class Runner:
+    """Owns the step arrays of one program. Not safe for threads; `run` returns before anything is reused.
+
+    `step_seconds` is the total time spent inside `program.step`, by `clock` (monotonic seconds).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.program = program
+        self.step_seconds = 0.0
+        self.num_steps = 0
+        self._clock = clock
+        seqs, tokens, blocks = max_num_seqs, max_num_batched_tokens, -(-max_model_len // BLOCK_SIZE)
+
+        # By slot.
+        self._slots = [_Slot() for _ in range(seqs)]
+        self._tables = np.zeros((seqs, blocks), np.int32)
+        self._how = _SamplingRows(seqs)
+
+        # The step's own, in plan order.
+        self._token_ids = np.zeros(tokens, np.int32)
+        self._positions = np.zeros(tokens, np.int32)
+        self._query_starts = np.zeros(seqs + 1, np.int32)
+        self._seq_lens = np.zeros(seqs, np.int32)
+        self._step_tables = np.zeros((1, seqs, blocks), np.int32)
+        self._logits_rows = np.zeros(seqs, np.int32)
+        self._step_how = _SamplingRows(seqs)
+        self._position = np.zeros(seqs, np.int32)
+        self._no_starts = np.zeros(seqs + 1, np.int32)
+
+    def run(self, plan: Plan) -> list[int]:
+        """Compute the plan; returns one token for each of its items that samples, in order.
+
+        Raises whatever the program raises; the arrays stay usable.
+        """
+        batch = self._fill(plan.items)
+        started = self._clock()
+        try:
+            chosen = self.program.step(batch)
+        finally:
+            self.step_seconds += self._clock() - started
+            self.num_steps += 1
+        tokens: list[int] = chosen.tolist()
+        return tokens
+
+    def _fill(self, items: list[Scheduled]) -> StepBatch:
+        """The plan as arrays; they are views of this runner's memory, valid until the next call."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        starts = [0]
+        seq_lens: list[int] = []
+        slots: list[int] = []
+        logits_rows: list[int] = []
+        sampled: list[Sequence] = []
+        for item in items:
+            seq, start, end = item.seq, item.start, item.start + item.num_tokens
+            self._refresh(seq)
+            if item.num_tokens == 1:
+                token_ids.append(seq.tokens[start])
+                positions.append(start)
+            else:
+                token_ids += seq.tokens[start:end]
+                positions += range(start, end)
+            starts.append(len(token_ids))
+            seq_lens.append(end)
+            slots.append(seq.slot)
+            if item.samples:
+                logits_rows.append(len(token_ids) - 1)
+                sampled.append(seq)
+
+        num_tokens, num_seqs, num_rows = len(token_ids), len(slots), len(logits_rows)
+        self._token_ids[:num_tokens] = token_ids
+        self._positions[:num_tokens] = positions
+        self._query_starts[: num_seqs + 1] = starts
+        self._seq_lens[:num_seqs] = seq_lens
+        self._logits_rows[:num_rows] = logits_rows
+        np.take(self._tables, slots, axis=0, out=self._step_tables[0, :num_seqs], mode="clip")
+        return StepBatch(
+            token_ids=self._token_ids[:num_tokens],
+            positions=self._positions[:num_tokens],
+            query_starts=self._query_starts[: num_seqs + 1],
+            seq_lens=self._seq_lens[:num_seqs],
+            block_tables=self._step_tables[:, :num_seqs],
+            logits_rows=self._logits_rows[:num_rows],
+            sampling=self._sampling(sampled) if sampled else None,
+        )
+
+    def _refresh(self, seq: Sequence) -> None:
+        """Bring the slot of `seq` up to date with the blocks it got since it was last here."""
+        slot = self._slots[seq.slot]
+        if slot.residency != seq.residency:
+            slot.move_in(seq)
+            self._how.set(seq.slot, seq)
+        have, want = slot.num_blocks, len(seq.blocks)
+        if have < want:
+            self._tables[seq.slot, have:want] = seq.blocks[have:]
+            slot.num_blocks = want
+
+    def _sampling(self, seqs: list[Sequence]) -> SamplingArrays:
+        num_rows = len(seqs)
+        how = self._step_how
+        how.gather(self._how, [seq.slot for seq in seqs])
+        self._position[:num_rows] = [len(seq.tokens) for seq in seqs]
+        slots = [self._slots[seq.slot] for seq in seqs]
+
+        history_starts = history_output_starts = self._no_starts
+        history_tokens = _NO_INTS
+        if any(slot.penalized for slot in slots):
+            histories = [slot.history_of(seq) for slot, seq in zip(slots, seqs, strict=True)]
+            history_tokens = np.concatenate(histories)
+            history_starts = _starts(histories)
+            # A row without penalties has an empty history; any place within it will do as its output's start.
+            prompts = [seq.num_prompt if slot.penalized else 0 for slot, seq in zip(slots, seqs, strict=True)]
+            history_output_starts = history_starts[:-1] + np.array(prompts, np.int32)
+
+        bias_starts, bias_tokens, bias_values = self._no_starts, _NO_INTS, _NO_FLOATS
+        if any(slot.biased for slot in slots):
+            biases = [slot.bias_of(seq) for slot, seq in zip(slots, seqs, strict=True)]
+            bias_tokens = np.concatenate([tokens for tokens, _ in biases])
+            bias_values = np.concatenate([values for _, values in biases])
+            bias_starts = _starts([tokens for tokens, _ in biases])
+
+        return SamplingArrays(
+            temperature=how.temperature[:num_rows],
+            top_k=how.top_k[:num_rows],
+            top_p=how.top_p[:num_rows],
+            min_p=how.min_p[:num_rows],
+            repetition_penalty=how.repetition_penalty[:num_rows],
+            presence_penalty=how.presence_penalty[:num_rows],
+            frequency_penalty=how.frequency_penalty[:num_rows],
+            seed=how.seed[:num_rows],
+            choice=how.choice[:num_rows],
+            position=self._position[:num_rows],
+            history_starts=history_starts[: num_rows + 1],
+            history_output_starts=history_output_starts[:num_rows],
+            history_tokens=history_tokens,
+            bias_starts=bias_starts[: num_rows + 1],
+            bias_tokens=bias_tokens,
+            bias_values=bias_values,
+        )
+
+
+class _SamplingRows:
+    """How each of N rows samples: the part of SamplingArrays that does not change while a sequence runs."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.top_p = np.zeros(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.repetition_penalty = np.zeros(num_rows, np.float32)
+        self.presence_penalty = np.zeros(num_rows, np.float32)
+        self.frequency_penalty = np.zeros(num_rows, np.float32)
+        self.seed = np.zeros(num_rows, np.uint64)
+        self.choice = np.zeros(num_rows, np.int32)
+        self._all: tuple[NDArray[Any], ...] = (
+            *(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.choice),
+            *(self.repetition_penalty, self.presence_penalty, self.frequency_penalty),
+        )
+
+    def set(self, row: int, seq: Sequence) -> None:
+        sampling = seq.request.sampling
+        self.temperature[row] = sampling.temperature
+        self.top_k[row] = min(sampling.top_k, _INT32_MAX)
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
+        self.repetition_penalty[row] = sampling.repetition_penalty
+        self.presence_penalty[row] = sampling.presence_penalty
+        self.frequency_penalty[row] = sampling.frequency_penalty
+        self.seed[row] = seq.request.seed
+        self.choice[row] = seq.request.choice_index
+
+    def gather(self, source: _SamplingRows, rows: list[int]) -> None:
+        """Set row i to row rows[i] of `source`."""
+        index = np.array(rows, np.intp)
+        for ours, theirs in zip(self._all, source._all, strict=True):
+            np.take(theirs, index, out=ours[: len(rows)], mode="clip")
+
+
+class _Slot:
+    """What the runner has seen of the sequence that lives in one slot."""
+
+    __slots__ = ("_bias", "_early_bias", "_history", "_num_history", "biased", "num_blocks", "penalized", "residency")
+
+    def __init__(self) -> None:
+        self.residency = -1
+        self.num_blocks = 0
+        self.penalized = False
+        self.biased = False
+        self._history = _NO_INTS  # grown by doubling; the first _num_history entries count
+        self._num_history = 0
+        self._bias = self._early_bias = (_NO_INTS, _NO_FLOATS)
+
+    def move_in(self, seq: Sequence) -> None:
+        sampling = seq.request.sampling
+        self.residency = seq.residency
+        self.num_blocks = 0
+        self.penalized = (
+            sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        )
+        self._num_history = 0
+        bias = dict(sampling.logit_bias)
+        self._bias = _bias_arrays(bias)
+        self._early_bias = self._bias
+        if seq.num_output < sampling.min_tokens:
+            self._early_bias = _bias_arrays(bias | dict.fromkeys(seq.stop_token_ids, -np.inf))
+        self.biased = len(self._bias[0]) + len(self._early_bias[0]) > 0
+
+    def history_of(self, seq: Sequence) -> Int32:
+        """Every token of the sequence so far where penalties read them, int32 [len(seq.tokens)], else empty."""
+        if not self.penalized:
+            return _NO_INTS
+        have, want = self._num_history, len(seq.tokens)
+        if want > len(self._history):
+            grown = np.zeros(max(want, 2 * len(self._history)), np.int32)
+            grown[:have] = self._history[:have]
+            self._history = grown
+        self._history[have:want] = seq.tokens[have:]
+        self._num_history = want
+        return self._history[:want]
+
+    def bias_of(self, seq: Sequence) -> tuple[Int32, Float32]:
+        """Token ids and what is added to their logits; until min_tokens, whatever would stop is forbidden."""
+        return self._early_bias if seq.num_output < seq.request.sampling.min_tokens else self._bias
+
+
+def _bias_arrays(bias: dict[int, float]) -> tuple[Int32, Float32]:
+    if not bias:
+        return _NO_INTS, _NO_FLOATS
+    return np.fromiter(bias, np.int32, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
+
+
+def _starts(arrays: list[Int32]) -> Int32:
+    """Where each array begins once they lie one after another, and where the last one ends: int32 [len(arrays) + 1]."""
+    starts = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(array) for array in arrays], out=starts[1:])
+    return starts
