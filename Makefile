@@ -1,0 +1,99 @@
+# The commands of this repository, for people and for continuous integration alike. `make help` lists them.
+#
+#   make serve ARGS="--port 9000"      ARGS goes to what the target runs (seraph serve, pytest, the benchmarks, locust)
+#   make serve PYTHON=python3.12       the Python that .venv is made with
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # installs share one environment; the build itself uses every core
+
+ARGS ?=
+PYTHON ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+
+# Locked and complete: nothing to resolve, nothing to compile, nothing that does not match its hash.
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+LOCKED := $(PIP) --no-deps --only-binary :all: --require-hashes
+
+CODE := $(wildcard engine server clients loadtests tests benchmarks)
+KERNELS := $(wildcard engine/kernels/csrc/*.cpp engine/kernels/csrc/*.h)
+
+##@ Use it
+
+.PHONY: serve
+serve: $(STAMPS)/seraph ## serve the default model on 127.0.0.1:8000 (installs and builds what is missing)
+	@exec $(VENV)/bin/seraph serve $(ARGS)
+
+##@ Work on it
+
+.PHONY: build
+build: $(STAMPS)/seraph ## everything that serving needs, without serving
+
+.PHONY: test
+test: $(STAMPS)/seraph $(STAMPS)/test ## the tests
+	@$(PY) -m pytest $(ARGS)
+
+.PHONY: test-full
+test-full: $(STAMPS)/seraph $(STAMPS)/test ## the tests and those that take minutes each
+	@$(PY) -m pytest -m "full or not full" $(ARGS)
+
+.PHONY: check
+check: $(STAMPS)/seraph $(STAMPS)/test ## lint, formatting and types
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
+	$(VENV)/bin/clang-format --dry-run -Werror $(KERNELS)
+	$(VENV)/bin/mypy $(CODE)
+
+.PHONY: format
+format: $(STAMPS)/test ## mend what formatting and lint can mend by themselves
+	$(VENV)/bin/ruff check --fix-only $(CODE)
+	$(VENV)/bin/ruff format $(CODE)
+	$(VENV)/bin/clang-format -i $(KERNELS)
+
+.PHONY: bench
+bench: $(STAMPS)/seraph ## measure the kernels and the engine beside this machine's limits
+	@$(PY) -m benchmarks.kernels $(ARGS)
+	@$(PY) -m benchmarks.engine $(ARGS)
+
+.PHONY: load
+load: $(STAMPS)/seraph $(STAMPS)/load ## 30 seconds of load against a server of its own
+	@$(PY) -m loadtests.run $(ARGS)
+
+.PHONY: lock
+lock: ## resolve pyproject.toml into requirements/*.txt (ARGS=--upgrade for newer versions)
+	@scripts/lock.sh $(ARGS)
+
+.PHONY: preflight
+preflight: ## check that this machine can build Seraph
+	@scripts/preflight.sh $(PYTHON)
+
+.PHONY: clean
+clean: ## remove what was installed and built here (models stay)
+	rm -rf $(VENV) .venv-lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Each stamp's time says when its step was last done. They live in .venv, so that a new .venv starts from nothing.
+
+$(STAMPS)/venv:
+	@python=$$(scripts/preflight.sh $(PYTHON)) && echo "==> .venv with $$python" && "$$python" -m venv --clear $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/%: requirements/%.txt | $(STAMPS)/venv
+	@echo "==> installing $<"
+	@$(LOCKED) -r $<
+	@touch $@
+
+# An editable install: Python is read from this checkout, and only a changed kernel source is compiled again.
+$(STAMPS)/seraph: $(STAMPS)/runtime $(STAMPS)/build CMakeLists.txt pyproject.toml $(KERNELS)
+	@echo "==> building the kernels"
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Resolves pyproject.toml into the hashed lock files of requirements/, with markers for every Python from 3.11 on.
+#
+#   scripts/lock.sh [--upgrade | --upgrade-package NAME]     without arguments, pins that still fit are kept
+#
+# The files are written one after another and each is constrained by those before it, so that any of them can be
+# installed into the same environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=.venv-lock
+if [ ! -x $venv/bin/uv ]; then
+  python3 -m venv --clear $venv
+  $venv/bin/python -m pip install -qq --disable-pip-version-check "uv==0.13.9"
+fi
+
+lock() { # lock NAME ARGUMENT...
+  local name=$1
+  shift
+  UV_CUSTOM_COMPILE_COMMAND="make lock" $venv/bin/uv pip compile --quiet --universal --python-version 3.11 \
+    --generate-hashes --no-build --system-certs --no-emit-index-url --no-emit-find-links \
+    --output-file "requirements/$name.txt" "$@" "${extra[@]}"
+  echo "requirements/$name.txt: $(grep -c '==' "requirements/$name.txt") packages"
+}
+
+extra=("$@")
+lock runtime pyproject.toml
+lock build --group build --constraint requirements/runtime.txt
+lock test --group test --group dev --constraint requirements/runtime.txt --constraint requirements/build.txt
+lock load --group load --constraint requirements/runtime.txt --constraint requirements/build.txt \
+  --constraint requirements/test.txt
