@@ -74,6 +74,11 @@ def requested_isa() -> str:
     return value
 
 
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment for a child process: ours, with `changes`."""
+    return {**os.environ, **changes}
+
+
 def available_cpus() -> int:
     """CPUs this process may use: its affinity mask, cut to the cgroup's quota (version 2, then 1), at least 1."""
     cpus = len(os.sched_getaffinity(0))
