@@ -15,6 +15,7 @@ from engine.models.recipe import Part, Recipe
 from engine.models.spec import GROUP_SIZE, DecoderSpec, RopeSpec
 
 _PREFIX = "llama."
+_TENSORS_PER_LAYER = 9
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # Keys that change the arithmetic, with the values under which they change nothing.
@@ -42,17 +43,25 @@ def read_spec(metadata: Mapping[str, object], shapes: Mapping[str, tuple[int, ..
     keys = _Keys(metadata)
     for key, allowed in _NEUTRAL.items():
         value = metadata.get(_PREFIX + key)
-        if value is not None and value not in allowed:
-            raise UnsupportedModelError(f"{_PREFIX}{key} {value!r} is not supported (only {_listed(allowed)} is).")
+        if value is not None and (isinstance(value, (list, np.ndarray)) or value not in allowed):
+            raise UnsupportedModelError(
+                f"{_PREFIX}{key} must be {_listed(allowed)}, the checkpoint has {_shown(value)}: it is not supported."
+            )
     if "rope_freqs.weight" in shapes:
         raise UnsupportedModelError("rope scaling by frequency factors (tensor rope_freqs.weight) is not supported.")
 
+    num_layers = keys.count("block_count")
+    if _TENSORS_PER_LAYER * num_layers > len(shapes):
+        raise UnsupportedModelError(
+            f"llama.block_count is {num_layers}, which takes {_TENSORS_PER_LAYER * num_layers} tensors and more, "
+            f"but the checkpoint has {len(shapes)}."
+        )
     hidden_size = keys.count("embedding_length")
     num_heads = keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", default=hidden_size // num_heads if num_heads else 0)
     value_dim = keys.count("attention.value_length", default=head_dim)
     if value_dim != head_dim:
-        raise UnsupportedModelError(f"llama.attention.value_length must be {head_dim} like key_length, got {value_dim}.")
+        raise UnsupportedModelError(f"llama.attention.value_length must be key_length {head_dim}, got {value_dim}.")
     embed = shapes.get("token_embd.weight")
     if embed is None or len(embed) != 2:
         found = "no such tensor" if embed is None else f"shape {list(embed)}"
@@ -63,7 +72,7 @@ def read_spec(metadata: Mapping[str, object], shapes: Mapping[str, tuple[int, ..
 
     return DecoderSpec(
         family="llama",
-        num_layers=keys.count("block_count"),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=keys.count("attention.head_count_kv", default=num_heads),

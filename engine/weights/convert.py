@@ -58,9 +58,8 @@ def _writer(file: GgufFile, recipe: Recipe) -> TensorWriter:
         _vector_decoder(parts[0])
         return TensorWriter(recipe.name, None, 4 * recipe.shape[0], partial(_vector, file, parts[0]))
     types = [_matrix_type(tensor) for tensor in parts]
-    fmt = MatrixFormat(
-        *recipe.shape, bits=max(kind.bits for kind in types), correction=max(kind.correction for kind in types)
-    )
+    n, k = recipe.shape
+    fmt = MatrixFormat(n, k, max(kind.bits for kind in types), max(kind.correction for kind in types))
     return TensorWriter(recipe.name, fmt, fmt.nbytes, partial(_matrix, file, recipe, parts, fmt))
 
 

@@ -30,15 +30,13 @@ def need_space(folder: Path, num_bytes: int, purpose: str, *, free: Callable[[Pa
 
 @contextlib.contextmanager
 def writing(folder: Path, num_bytes: int, purpose: str) -> Iterator[None]:
-    """Turn what a full or forbidden disk raises into a SourceError that says what was needed."""
+    """Turn what a full, forbidden or failing disk raises into a SourceError that says what was being done."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(folder, num_bytes, free_bytes(folder), purpose) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise SourceError(f"cannot write to {folder} ({purpose}): {error.strerror}.") from error
-        raise
+        raise SourceError(f"{purpose} in {folder} failed: {error.strerror or error}.") from error
 
 
 def _no_space(folder: Path, needed: int, available: int, purpose: str) -> SourceError:

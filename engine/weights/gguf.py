@@ -10,6 +10,8 @@ Source: the GGUF specification, versions 2 and 3.
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import math
 import os
 import struct
@@ -17,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
@@ -75,7 +76,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file: io.BufferedReader = path.open("rb")
         except OSError as error:
             raise SourceError(f"cannot open {path}: {error.strerror}.") from error
         try:
@@ -93,7 +94,7 @@ class GgufFile:
         raw = np.empty((stop - start, tensor.row_bytes), np.uint8)
         offset = tensor.offset + start * tensor.row_bytes
         self._file.seek(offset)
-        got = self._file.readinto(raw.reshape(-1).data)  # type: ignore[attr-defined]
+        got = self._file.readinto(raw.reshape(-1).data)
         if got != raw.nbytes:
             raise FormatError(
                 f"tensor {tensor.name}: expected {raw.nbytes} bytes, got {got}: the file shrank while it was read",
@@ -120,7 +121,7 @@ class GgufFile:
 class _Cursor:
     """Reads forward and never past the end: what a length promises is checked before a byte of it is read."""
 
-    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+    def __init__(self, file: io.BufferedReader, path: Path, size: int) -> None:
         self._file = file
         self._path = path
         self._end = min(size, MAX_HEADER_BYTES)
@@ -247,7 +248,7 @@ def _read_tensor(cursor: _Cursor) -> tuple[int, GgufTensor]:
     except (ValueError, KeyError):
         raise cursor.error(f"tensor {name!r}: unknown type {type_id}", at) from None
     if shape[-1] % block:
-        raise cursor.error(f"tensor {name!r}: {kind.name} rows hold a multiple of {block} values, found {shape[-1]}", at)
+        raise cursor.error(f"tensor {name!r}: expected rows of a multiple of {block} values, found {shape[-1]}", at)
     offset = cursor.u64(name)
     return at, GgufTensor(name, shape, kind, offset, math.prod(shape) // block * size)
 
@@ -273,7 +274,7 @@ def _place_tensors(
             )
         placed[tensor.name] = GgufTensor(tensor.name, tensor.shape, tensor.type, start, tensor.nbytes)
     in_order = sorted(placed.values(), key=lambda tensor: tensor.offset)
-    for before, after in zip(in_order, in_order[1:], strict=False):
+    for before, after in itertools.pairwise(in_order):
         if before.offset + before.nbytes > after.offset:
             raise cursor.error(f"tensors {before.name!r} and {after.name!r} overlap", after.offset)
     return placed

@@ -29,7 +29,7 @@ END_NAMES = frozenset(
         "<end_of_turn>",
         "<|end_of_turn|>",
         "<|END_OF_TURN_TOKEN|>",
-        "<｜end▁of▁sentence｜>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
         "<end_of_utterance>",
         "<EOT>",
     }
@@ -39,7 +39,8 @@ END_NAMES = frozenset(
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 _LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -96,7 +97,7 @@ def read_tokenizer(metadata: Mapping[str, object], path: Path) -> TokenizerInfo:
     keys = _Keys(metadata, path)
     model = keys.text("model")
     if model != "gpt2":
-        raise UnsupportedModelError(f"tokenizer.ggml.model must be gpt2 (byte-level BPE), the checkpoint has {model!r}.")
+        raise UnsupportedModelError(f"tokenizer.ggml.model must be gpt2 (byte-level BPE), found {model!r}.")
     pre_name = keys.text("pre", default="default")
     pre = _PRE_TOKENIZERS.get(pre_name)
     if pre is None:
@@ -140,7 +141,9 @@ def _build(
     tokenizer.decoder = decoders.ByteLevel()
 
     def added(kind: TokenType, *, special: bool) -> list[AddedToken]:
-        return [AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(types == kind)]
+        return [
+            AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(types == kind).tolist()
+        ]
 
     tokenizer.add_special_tokens(added(TokenType.CONTROL, special=True))
     tokenizer.add_tokens(added(TokenType.USER_DEFINED, special=False))

