@@ -3,7 +3,7 @@ its scheduler and its cache."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from engine.request import Capabilities, EngineStats, Request, TokenDelta
@@ -26,8 +26,8 @@ class Engine(Protocol):
         """Load and get ready. Raises ConfigError or ModelError for what the operator must fix, else EngineError."""
         ...
 
-    def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
-        """Deltas of one request, in order and without gaps; the last one has a finish_reason.
+    def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
+        """Deltas of one request, in order and without gaps; the last one has a finish_reason (ERROR: see its `error`).
 
         Closing the iterator (`aclose()`, or cancelling the task that reads it) aborts the request. Raises, at the
         first step at the earliest: RequestError for a request the engine refuses, EngineOverloadedError where there
