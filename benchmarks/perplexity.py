@@ -1,0 +1,70 @@
+"""How well a program predicts a text: the one figure that every rounding in weights and arithmetic shows in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import BLOCK_SIZE
+from engine.kernels.batch import Program, StepBatch
+from engine.models.spec import DecoderSpec
+
+CHUNK = 256
+"""Tokens of one step; bounds the logits buffer."""
+
+
+def perplexity(program: Program, spec: DecoderSpec, token_ids: Sequence[int] | NDArray[np.integer], window: int) -> float:
+    """exp of the mean negative log likelihood of every token that has one before it in its window."""
+    sums, counts = zip(*windows_nll(program, spec, token_ids, window), strict=True)
+    return math.exp(math.fsum(sums) / sum(counts))
+
+
+def windows_nll(
+    program: Program, spec: DecoderSpec, token_ids: Sequence[int] | NDArray[np.integer], window: int
+) -> list[tuple[float, int]]:
+    """For each window: the summed negative log likelihood (natural logarithm) and the number of predicted tokens.
+
+    The text is cut into windows of `window` tokens (the last may be shorter), each read from an empty context.
+    Overwrites the program's first KV blocks. Raises ValueError where the text or the program's memory is too short.
+    """
+    ids = np.asarray(token_ids, np.int32)
+    blocks_needed = -(-window // BLOCK_SIZE)
+    if window < 2 or len(ids) < 2:
+        raise ValueError(f"perplexity needs a window and a text of at least 2 tokens, got {window} and {len(ids)}")
+    if program.num_blocks < blocks_needed:
+        raise ValueError(f"a window of {window} tokens needs {blocks_needed} KV blocks, got {program.num_blocks}")
+    table = np.arange(blocks_needed, dtype=np.int32).reshape(1, 1, -1)
+    results = []
+    for begin in range(0, len(ids) - 1, window):
+        text = ids[begin : begin + window]
+        total = 0.0
+        for start in range(0, len(text), CHUNK):
+            chunk = text[start : start + CHUNK]
+            logits = np.empty((len(chunk), spec.vocab_size), np.float32)
+            program.step(
+                StepBatch(
+                    token_ids=chunk.copy(),
+                    positions=np.arange(start, start + len(chunk), dtype=np.int32),
+                    query_starts=np.array([0, len(chunk)], np.int32),
+                    seq_lens=np.array([start + len(chunk)], np.int32),
+                    block_tables=table,
+                    logits_rows=np.arange(len(chunk), dtype=np.int32),
+                    logits=logits,
+                )
+            )
+            targets = text[start + 1 : start + 1 + len(chunk)]  # the window's last token predicts nothing
+            total += float(_nll(logits[: len(targets)], targets).sum())
+        results.append((total, len(text) - 1))
+    return results
+
+
+def _nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Negative log likelihood of `targets` [M] under rows of logits [M, vocab]; float64 [M]. Overwrites `logits`."""
+    largest = logits.max(axis=1, keepdims=True)
+    chosen = logits[np.arange(len(targets)), targets].astype(np.float64) - largest[:, 0]
+    np.subtract(logits, largest, out=logits)
+    np.exp(logits, out=logits)
+    return np.log(logits.sum(axis=1, dtype=np.float64)) - chosen
