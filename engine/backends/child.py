@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +36,8 @@ logger = logging.getLogger("seraph.engine")
 COMMAND = (sys.executable, "-P", "-m", "engine.process")
 """-P: what lies in the current folder must not be taken for our packages."""
 
+SOCKET_NAME = "engine"
+
 SUN_PATH_MAX = 107
 """Bytes of a Unix socket's path, unix(7), less the final zero."""
 
@@ -50,29 +51,35 @@ class Child:
     """A running engine process.
 
     The constructor starts it without an event loop, so that a program can have the child import and map its model
-    while it does the same itself. `connect` then attaches it to the running loop; `end` must follow in any case.
+    while it does the same itself; the calling thread must outlive the child (the kernel ends the child with it).
+    `connect` then attaches it to the running loop. `end`, or without `connect` `kill`, must follow in any case.
+
+    Raises EngineError where no process can be started, ConfigError where its socket has no place.
     """
 
     def __init__(self, config: EngineConfig, command: Sequence[str] = COMMAND) -> None:
-        self.folder = _make_socket_folder()
-        self._socket_path = self.folder / "s"
-        # The child sees this pipe end when we are gone, whatever became of us. Nothing is ever written to it.
-        lifeline, self._lifeline = os.pipe()
+        self._folder = _make_socket_folder()
+        self._socket_path = Path(self._folder.name) / SOCKET_NAME
         try:
-            self._process = subprocess.Popen(
-                [*command, "--socket", str(self._socket_path), "--config", encode_config(config)],
-                stdin=lifeline,
-                stderr=subprocess.PIPE,
-                # It finds the packages that we found, however this program was started.
-                env=child_environment(PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path)),
-                process_group=0,  # Ctrl-C is for the parent, also while the child still imports
-            )
-        except BaseException:
-            os.close(self._lifeline)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-        finally:
-            os.close(lifeline)
+            # The child sees the end of this pipe when we are gone, however we went. Nothing is ever written to it.
+            lifeline, self._lifeline = os.pipe()
+            try:
+                self._process = subprocess.Popen(
+                    [*command, "--socket", str(self._socket_path), "--config", encode_config(config)],
+                    stdin=lifeline,
+                    stderr=subprocess.PIPE,
+                    # It finds the packages that we found, however this program was started.
+                    env=child_environment(PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path)),
+                    process_group=0,  # Ctrl-C is for the parent, also while the child still imports
+                )
+            except BaseException:
+                os.close(self._lifeline)
+                raise
+            finally:
+                os.close(lifeline)
+        except OSError as error:
+            self._folder.cleanup()
+            raise EngineError(f"the engine process could not be started: {error}") from error
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
         self._socket_fd = -1
@@ -110,7 +117,8 @@ class Child:
 
         await asyncio.wait((self._first, self._exited), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if self._first.done():
-            self._remove_folder()  # connected: the name has done its work, and a killed parent leaves nothing behind
+            # Connected, the socket needs its name no longer: so a parent that is killed leaves nothing behind.
+            self._folder.cleanup()
             match self._first.result():
                 case Ready(capabilities):
                     return capabilities
@@ -167,7 +175,7 @@ class Child:
                 self._socket.close(linger=0)
                 self._socket = None
                 self._context.term()
-            self._remove_folder()
+            self._folder.cleanup()
 
     def kill(self) -> None:
         """End and reap the process at once, without an event loop: for one that was never connected. Idempotent."""
@@ -175,7 +183,7 @@ class Child:
         self._process.kill()
         self._process.wait()
         self._close_pipes()
-        self._remove_folder()
+        self._folder.cleanup()
 
     async def _end_process(self, grace: float) -> None:
         if self._exited is None:
@@ -196,9 +204,6 @@ class Child:
             self._lifeline = -1
         if self._process.stderr is not None:
             self._process.stderr.close()
-
-    def _remove_folder(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read_socket(self) -> None:
         """Hand out every message that has arrived."""
@@ -241,17 +246,16 @@ class Child:
         return await asyncio.to_thread(self._process.wait)
 
 
-def _make_socket_folder() -> Path:
-    """A new folder, mode 0700, short enough for a socket in it."""
-    tried = []
-    for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
+def _make_socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder, mode 0700, with a name short enough for a socket in it; removed at exit at the latest."""
+    parents = dict.fromkeys((tempfile.gettempdir(), "/tmp"))
+    for parent in parents:
         with contextlib.suppress(OSError):
-            folder = Path(tempfile.mkdtemp(prefix="seraph-", dir=parent))
-            if len(os.fsencode(folder / "s")) <= SUN_PATH_MAX:
+            folder = tempfile.TemporaryDirectory(prefix="seraph-", dir=parent, ignore_cleanup_errors=True)
+            if len(os.fsencode(os.path.join(folder.name, SOCKET_NAME))) <= SUN_PATH_MAX:
                 return folder
-            folder.rmdir()
-        tried.append(parent)
+            folder.cleanup()
     raise ConfigError(
-        "no folder for the engine's socket: TMPDIR must be writable and at most "
-        f"{SUN_PATH_MAX - len('/seraph-12345678/s')} bytes long; tried {', '.join(tried)}."
+        f"TMPDIR must be writable and at most {SUN_PATH_MAX - len('/seraph-12345678/') - len(SOCKET_NAME)} bytes long, "
+        f"for the engine's socket; neither of {', '.join(parents)} is."
     )

@@ -160,7 +160,10 @@ class NativeEngine:
         return None if self._child is None else self._child.pid
 
     def launch(self) -> None:
-        """Start the process now, before there is an event loop; `start` then finds it well under way. Optional."""
+        """Start the process now, before there is an event loop; `start` then finds it well under way. Optional.
+
+        The calling thread must outlive the engine.
+        """
         assert self._state is State.NEW and self._child is None
         self._child = self._spawn(self._config)
 
@@ -337,7 +340,7 @@ class NativeEngine:
                 await asyncio.sleep(self._supervision.delay(num_quick_deaths))
                 try:
                     await self._start_child()
-                except (SeraphError, OSError) as error:
+                except SeraphError as error:
                     logger.error("the engine process could not be started again: %s", error)
                     num_quick_deaths += 1
                 else:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 
 from engine.backends.base import Engine
 from engine.backends.child import Child
@@ -388,6 +389,27 @@ async def test_a_temporary_folder_with_a_long_name_is_avoided(tmp_path: Path, mo
     assert await collect(engine, request("a", [1])) == expected_tokens([1], 8)
     await engine.stop(0.0)
     assert not os.listdir(deep)
+
+
+async def test_a_program_that_is_not_there() -> None:
+    engine = NativeEngine(EngineConfig(), spawn=functools.partial(Child, command=("/nonexistent/python",)))
+    with pytest.raises(EngineError, match=r"could not be started: .*/nonexistent/python"):
+        await engine.start()
+
+
+def test_the_servers_event_loop_serves_it_too() -> None:
+    async def serve_die_and_serve() -> None:
+        engine = scripted()
+        engine.launch()
+        await engine.start()
+        with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+            await collect(engine, request("a", [KILL]))
+        assert await asyncio.gather(*(collect(engine, request(f"r{i}", [i])) for i in range(8))) == [
+            expected_tokens([i], 8) for i in range(8)
+        ]
+        await engine.stop(1.0)
+
+    uvloop.run(serve_die_and_serve())
 
 
 # --- Without a process ---
