@@ -2,6 +2,7 @@
 #
 #   make serve ARGS="--port 9000"      ARGS goes to what the target runs (seraph serve, pytest, the benchmarks, locust)
 #   make serve PYTHON=python3.12       the Python that .venv is made with
+#   make build WERROR=ON               a compiler's warning is an error, as in continuous integration
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 
 ARGS ?=
 PYTHON ?=
+WERROR ?= OFF
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
@@ -20,7 +22,8 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --only-binary :all: --require-hashes
 
 CODE := $(wildcard engine server clients loadtests tests benchmarks)
-KERNELS := $(wildcard engine/kernels/csrc/*.cpp engine/kernels/csrc/*.h)
+CSRC := engine/kernels/csrc
+KERNELS := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h)
 
 ##@ Use it
 
@@ -42,10 +45,16 @@ test-full: $(STAMPS)/seraph $(STAMPS)/test ## the tests and those that take minu
 	@$(PY) -m pytest -m "full or not full" $(ARGS)
 
 .PHONY: check
-check: $(STAMPS)/seraph $(STAMPS)/test ## lint, formatting and types
+check: lint mypy ## lint, formatting and types
+
+.PHONY: lint
+lint: $(STAMPS)/test ## lint and formatting alone
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/clang-format --dry-run -Werror $(KERNELS)
+
+.PHONY: mypy
+mypy: $(STAMPS)/seraph $(STAMPS)/test ## the types alone
 	$(VENV)/bin/mypy $(CODE)
 
 .PHONY: format
@@ -92,8 +101,10 @@ $(STAMPS)/%: requirements/%.txt | $(STAMPS)/venv
 	@$(LOCKED) -r $<
 	@touch $@
 
-# An editable install: Python is read from this checkout, and only a changed kernel source is compiled again.
-$(STAMPS)/seraph: $(STAMPS)/runtime $(STAMPS)/build CMakeLists.txt pyproject.toml $(KERNELS)
+# An editable install: Python is read from this checkout, and only a changed kernel source is compiled again. The folder
+# itself is a prerequisite because its time changes when a source is added or removed.
+$(STAMPS)/seraph: $(STAMPS)/runtime $(STAMPS)/build CMakeLists.txt pyproject.toml $(CSRC) $(KERNELS)
 	@echo "==> building the kernels"
-	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(PIP) --no-deps --no-build-isolation --editable . \
+		--config-settings=cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=$(WERROR)
 	@touch $@
