@@ -138,8 +138,8 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.floa
 
 def _tokenizer_metadata(vocab: int) -> Mapping[str, object]:
     tokens = [*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())]
-    if vocab < len(tokens):
-        raise ValueError(f"vocab must be at least {len(tokens)}, got {vocab}")
+    if vocab <= len(tokens):  # an empty list of merges would not be stored
+        raise ValueError(f"vocab must be at least {len(tokens) + 1}, got {vocab}")
     # Pairs of frequent letters, after a space too, so that text is really merged.
     pairs = [(first, second) for first in "Ġtheaoinsr" for second in "theaoinsr"]
     merges = pairs[: vocab - len(tokens)]

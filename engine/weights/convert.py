@@ -27,8 +27,9 @@ def convert(file: GgufFile) -> tuple[ModelInfo, list[TensorWriter]]:
 
     Raises UnsupportedModelError for what we do not implement, FormatError for a file that contradicts itself.
     """
-    if (pieces := file.metadata.get("split.count", 0)) not in (0, 1):
-        raise UnsupportedModelError(f"checkpoints split over several files are not supported (split.count {pieces!r}).")
+    pieces = file.metadata.get("split.count")
+    if isinstance(pieces, int) and pieces > 1:
+        raise UnsupportedModelError(f"checkpoints split over several files are not supported (split.count {pieces}).")
     family = family_of(file.metadata)
     spec = family.read_spec(file.metadata, {tensor.name: tensor.shape for tensor in file.tensors.values()})
     text = read_tokenizer(file.metadata, file.path)
