@@ -38,10 +38,12 @@ ROOMS = {
         "schemas",
         "metrics",
         "admission",
+        "generation",
         "streaming",
         "routes",
         "middleware",
         "app",
+        "protocol",
         "cli",
     ),
 }

@@ -1,0 +1,1 @@
+"""The HTTP side of Seraph: the OpenAI API over any `engine.Engine`."""

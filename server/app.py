@@ -1,0 +1,118 @@
+"""The whole server on one page: settings, an engine and the model's text side become an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from engine.backends.base import Engine
+from engine.errors import SeraphError
+from server.admission import Gate, HostPolicy, Keys
+from server.errors import error_response
+from server.generation import Text
+from server.metrics import Metrics
+from server.middleware import Door, RequestContext
+from server.routes import chat, completions, health, models
+from server.routes.service import Service
+from server.schemas.chat import ChatCompletionRequest
+from server.schemas.completions import CompletionRequest
+from server.settings import Settings, version
+
+logger = logging.getLogger("seraph.server")
+
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+}
+"""Request bodies for the OpenAPI document: handlers read them themselves, bounded and strictly."""
+
+
+def create_app(settings: Settings, engine: Engine, text: Text, *, starting: Awaitable[None] | None = None) -> FastAPI:
+    """The ASGI application.
+
+    Its lifespan starts the engine (or awaits `starting`, where the caller began already) beside serving, so that
+    health checks are answered meanwhile, and stops it at the end.
+    """
+    metrics = Metrics()
+    gate = Gate(max_running=settings.max_num_seqs, max_waiting=settings.max_waiting, metrics=metrics)
+    service = Service(settings=settings, engine=engine, text=text, metrics=metrics, gate=gate)
+
+    async def start() -> None:
+        try:
+            await (engine.start() if starting is None else starting)
+        except SeraphError as error:
+            logger.error("the engine did not start: %s", error)
+        finally:
+            service.started = True
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(start())
+        try:
+            yield
+        finally:
+            service.draining = True
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await engine.stop(drain=0.0)  # what was allowed to finish has finished: connections close first
+
+    middleware = [  # outermost first
+        Middleware(RequestContext, metrics=metrics),
+        Middleware(Door, keys=Keys(settings.api_key), hosts=HostPolicy(settings.host, settings.allowed_host)),
+    ]
+    if settings.cors_origin:  # before the door: a preflight carries no key, and a 401 must be readable
+        middleware.insert(
+            1,
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors_origin),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "x-seraph-ignored", "retry-after"],
+            ),
+        )
+    app = FastAPI(
+        title="Seraph",
+        version=version(),
+        lifespan=lifespan,
+        middleware=middleware,
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.add_exception_handler(SeraphError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
+    for router in (chat.router, completions.router, models.router, health.router):
+        app.include_router(router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error, request.state.request_id)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        refs, definitions = models_json_schema(
+            [(model, "validation") for model in BODIES.values()], ref_template="#/components/schemas/{model}"
+        )
+        schema["components"]["schemas"].update(definitions["$defs"])
+        for path, model in BODIES.items():
+            content = {"application/json": {"schema": refs[(model, "validation")]}}
+            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        app.openapi_schema = schema
+    return app.openapi_schema

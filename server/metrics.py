@@ -1,0 +1,116 @@
+"""What /metrics tells: requests, latencies, tokens, queue and engine, in a registry of the application's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from engine.request import EngineStats
+
+TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+MAX_FIELD_NAMES = 64
+"""Names of ignored fields that get a series of their own: callers choose them, so their number must be bounded."""
+
+_ENGINE_GAUGES = {
+    "num_running": "Requests being computed",
+    "num_waiting": "Requests waiting inside the engine",
+    "num_blocks": "KV blocks",
+    "num_free_blocks": "KV blocks that can be reused now",
+}
+_ENGINE_COUNTERS = {
+    "num_steps": ("steps", "Steps computed"),
+    "num_prompt_tokens": ("prompt_tokens", "Prompt tokens computed, cached ones not among them"),
+    "num_cached_tokens": ("cached_tokens", "Prompt tokens found in the prefix cache"),
+    "num_output_tokens": ("output_tokens", "Tokens chosen"),
+    "num_preemptions": ("preemptions", "Requests preempted"),
+    "num_requests_finished": ("requests_finished", "Requests finished"),
+    "step_seconds": ("step_seconds", "Seconds inside kernels"),
+    "num_restarts": ("restarts", "Restarts of the engine process"),
+}
+
+
+class _EngineCollector:
+    """The latest EngineStats as metric families."""
+
+    def __init__(self) -> None:
+        self.stats = EngineStats()
+
+    def collect(self) -> Iterable[Metric]:
+        values = msgspec.structs.asdict(self.stats)
+        for name, help in _ENGINE_GAUGES.items():
+            yield GaugeMetricFamily(f"seraph_engine_{name}", help, value=values[name])
+        for name, (label, help) in _ENGINE_COUNTERS.items():
+            yield CounterMetricFamily(f"seraph_engine_{label}", help, value=values[name])
+
+
+class Metrics:
+    """The server's metrics. Durations are seconds."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._engine = _EngineCollector()
+        registry.register(self._engine)
+        ProcessCollector(registry=registry)
+        self.requests = Counter(
+            "seraph_http_requests", "HTTP requests answered", ["method", "route", "status"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "seraph_http_request_seconds",
+            "From a request's first byte to its answer's last",
+            ["route"],
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.time_to_first_token = Histogram(
+            "seraph_time_to_first_token_seconds",
+            "From a request's arrival to the first token of a choice",
+            buckets=TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "seraph_inter_token_latency_seconds",
+            "Between consecutive tokens of a choice; tokens that arrive together share their gap",
+            buckets=TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.time_per_output_token = Histogram(
+            "seraph_time_per_output_token_seconds",
+            "Mean time per token of a choice after its first",
+            buckets=TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("seraph_prompt_tokens", "Prompt tokens read", registry=registry)
+        self.cached_tokens = Counter("seraph_cached_tokens", "Prompt tokens the prefix cache held", registry=registry)
+        self.completion_tokens = Counter("seraph_completion_tokens", "Tokens delivered", registry=registry)
+        self.choices_finished = Counter(
+            "seraph_choices_finished", "Choices ended, by reason", ["reason"], registry=registry
+        )
+        self.sequences = Gauge("seraph_sequences", "Sequences admitted and not finished", registry=registry)
+        self.refusals = Counter("seraph_refused_requests", "Requests turned away for lack of room", registry=registry)
+        self._fields = Counter(
+            "seraph_ignored_fields",
+            "Request fields without effect: hints, and names no API knows",
+            ["class", "field"],
+            registry=registry,
+        )
+        self._field_names: set[str] = set()
+
+    def count_field(self, kind: str, name: str) -> None:
+        """Count a field without effect. Beyond MAX_FIELD_NAMES distinct names they are counted as "other"."""
+        if name not in self._field_names:
+            if len(self._field_names) >= MAX_FIELD_NAMES:
+                name = "other"
+            else:
+                self._field_names.add(name)
+        self._fields.labels(kind, name).inc()
+
+    def render(self, stats: EngineStats) -> bytes:
+        """The text exposition, with a fresh snapshot of the engine."""
+        self._engine.stats = stats
+        return generate_latest(self.registry)

@@ -1,0 +1,86 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from engine.errors import RequestError
+from server.admission import Principal
+from server.routes.body import read_body
+from server.routes.service import Service, answer_id, principal_of, service_of
+from server.schemas.completions import (
+    DEFAULT_MAX_TOKENS,
+    Completion,
+    CompletionChoice,
+    CompletionChunks,
+    CompletionRequest,
+)
+from server.streaming import EventStream
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=Completion)
+async def create_completion(
+    request: Request,
+    service: Annotated[Service, Depends(service_of)],
+    principal: Annotated[Principal, Depends(principal_of)],
+) -> Response:
+    """Continue one or more texts, whole or streamed."""
+    body, headers = await read_body(request, service, CompletionRequest, limit=service.settings.max_body_bytes)
+    service.need_model(body.model)
+    vocab_size = service.need_ready().vocab_size
+    prompts = [await _token_ids(service, prompt, body, vocab_size) for prompt in body.prompts()]
+    id, created = answer_id("cmpl"), int(time.time())
+    choices = service.choices(
+        body, prompts, answer_id=id, principal=principal, param="prompt", default_max_tokens=DEFAULT_MAX_TOKENS
+    )
+    preludes = _echoes(service, body) if body.echo else []
+    if body.stream:
+        encoder = CompletionChunks(
+            id=id,
+            created=created,
+            model=body.model,
+            fingerprint=service.fingerprint(),
+            with_usage=body.include_usage,
+        )
+        events = service.events(choices, request, encoder, body, preludes)
+        return EventStream(events, headers=headers, request_id=request.state.request_id)
+    answers, usage = await service.whole(choices, request)
+    answer = Completion(
+        id=id,
+        created=created,
+        model=body.model,
+        system_fingerprint=service.fingerprint(),
+        choices=[
+            CompletionChoice(
+                index=i,
+                text=(preludes[i] if preludes else "") + one.text,
+                finish_reason=one.finish_reason,
+            )
+            for i, one in enumerate(answers)
+        ],
+        usage=usage,
+    )
+    return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
+
+
+async def _token_ids(service: Service, prompt: str | list[int], body: CompletionRequest, vocab_size: int) -> list[int]:
+    if isinstance(prompt, str):
+        return await service.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+    for token_id in prompt:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"prompt holds token id {token_id}, and the model's vocabulary is 0 to {vocab_size - 1}.",
+                param="prompt",
+            )
+    return prompt
+
+
+def _echoes(service: Service, body: CompletionRequest) -> list[str]:
+    """Each choice's prompt as text, by index."""
+    texts = [prompt if isinstance(prompt, str) else service.text.decode(prompt) for prompt in body.prompts()]
+    return [text for text in texts for _ in range(body.num_choices)]

@@ -1,0 +1,208 @@
+"""What every handler works with, and the way from a validated body to the engine's requests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from starlette.requests import Request as HTTPRequest
+
+from engine.backends.base import Engine
+from engine.errors import ContextLengthError, RequestError
+from engine.request import Capabilities, Request
+from server.admission import Gate, Principal
+from server.errors import ModelNotFoundError, NotReadyError
+from server.generation import Answer, Choice, Generation, Text
+from server.metrics import Metrics
+from server.schemas.common import ChunkEncoder, GenerationBody, Usage, concrete_seed
+from server.settings import Settings, version
+from server.streaming import DONE, KEEP_ALIVE
+
+LONG_TEXT = 16_384
+"""Characters above which tokenizing leaves the event loop: it takes milliseconds, and streams wait meanwhile."""
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(64)
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """The application's state: one per app, made by create_app."""
+
+    settings: Settings
+    engine: Engine
+    text: Text
+    metrics: Metrics
+    gate: Gate
+    draw_seed: Callable[[], int] = _draw_seed
+    created: int = field(default_factory=lambda: int(time.time()))
+    started: bool = False  # the engine's start has ended, well or not
+    draining: bool = False
+    _fingerprint: str = ""
+
+    @property
+    def status(self) -> str:
+        """starting, ready, restarting, draining or dead."""
+        if self.draining:
+            return "draining"
+        if self.engine.ready:
+            return "ready"
+        if not self.started:
+            return "starting"
+        return "restarting" if self.engine.alive else "dead"
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model_names[0]
+
+    def fingerprint(self) -> str:
+        """`system_fingerprint`: equal fingerprints and seeds give equal answers."""
+        if not self._fingerprint:
+            known = self.engine.capabilities()
+            parts = (version(), known.engine, known.model, str(known.max_model_len), self.settings.isa)
+            self._fingerprint = "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+        return self._fingerprint
+
+    def need_model(self, name: str) -> None:
+        """Raises ModelNotFoundError unless a model of that name is served."""
+        if name not in self.settings.model_names:
+            served = ", ".join(self.settings.model_names)
+            raise ModelNotFoundError(
+                f"The model {name[:128]!r} does not exist here; this server has {served}.", param="model"
+            )
+
+    def need_ready(self) -> Capabilities:
+        """The engine's capabilities. Raises NotReadyError while it cannot take a request."""
+        if (status := self.status) != "ready":
+            raise NotReadyError(f"The engine is {status}. Try again later.")
+        return self.engine.capabilities()
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a plain text."""
+        if len(text) < LONG_TEXT:
+            return self.text.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.text.encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation."""
+        if sum(len(message["content"]) for message in messages) < LONG_TEXT:
+            return self.text.encode_chat(messages)
+        return await asyncio.to_thread(self.text.encode_chat, messages)
+
+    def choices(
+        self,
+        body: GenerationBody,
+        prompts: Sequence[Sequence[int]],
+        *,
+        answer_id: str,
+        principal: Principal,
+        param: str,
+        default_max_tokens: int | None = None,
+    ) -> list[Choice]:
+        """One choice per prompt and answer asked for, in the order of the answer's indices.
+
+        Answers to one prompt share seed and group and differ in choice_index. Raises RequestError; ContextLengthError
+        for a prompt that leaves no room.
+        """
+        known = self.engine.capabilities()
+        seed = concrete_seed(body.seed, self.draw_seed())
+        choices: list[Choice] = []
+        for p, prompt in enumerate(prompts):
+            if not prompt:
+                raise RequestError(f"{param} has no tokens.", param=param)
+            room = known.max_model_len - len(prompt)
+            if room < 1:
+                raise ContextLengthError(max_model_len=known.max_model_len, num_tokens=len(prompt), param=param)
+            asked = body.asked_max_tokens or self.settings.default_max_tokens or default_max_tokens or room
+            sampling = body.sampling(max_tokens=min(asked, room), vocab_size=known.vocab_size)
+            for c in range(body.num_choices):
+                index = p * body.num_choices + c
+                request = Request(
+                    request_id=f"{answer_id}-{index}",
+                    model=known.model,
+                    prompt_token_ids=list(prompt),
+                    sampling=sampling,
+                    seed=seed,
+                    choice_index=c,
+                    group_id=f"{answer_id}-{p}" if body.num_choices > 1 else "",
+                    priority=body.priority or 0,
+                    tenant=principal.tenant,
+                    cache_salt=f"{principal.tenant}\n{body.cache_salt}" if body.cache_salt else principal.tenant,
+                )
+                choices.append(Choice(index, request, self.text.stream(sampling.stop, sampling.min_tokens)))
+        return choices
+
+    @asynccontextmanager
+    async def generate(self, choices: Sequence[Choice], http: HTTPRequest) -> AsyncIterator[Generation]:
+        """Run choices, holding room for them at the gate."""
+        with self.gate.enter(len(choices)):
+            async with Generation(
+                self.engine, choices, receive=http.receive, metrics=self.metrics, arrived=http.state.arrived
+            ) as generation:
+                yield generation
+
+    async def whole(self, choices: Sequence[Choice], http: HTTPRequest) -> tuple[list[Answer], Usage]:
+        """Whole answers, by index."""
+        answers = [Answer() for _ in choices]
+        async with self.generate(choices, http) as generation:
+            while not generation.is_done():
+                for piece in await generation.pieces():
+                    answer = answers[piece.index]
+                    answer.text += piece.text
+                    answer.finish_reason = piece.finish_reason or answer.finish_reason
+            return answers, generation.usage()
+
+    async def events(
+        self,
+        choices: Sequence[Choice],
+        http: HTTPRequest,
+        encoder: ChunkEncoder,
+        body: GenerationBody,
+        preludes: Sequence[str] = (),
+    ) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of streamed answers. `preludes`, by index, is text that comes before a choice's own."""
+        interval = self.settings.keep_alive_interval
+        begun: set[int] = set()
+        async with self.generate(choices, http) as generation:
+            while not generation.is_done():
+                pieces = await generation.pieces(interval)
+                usage = generation.usage() if body.continuous_usage else None
+                frames: list[bytes] = [] if pieces else [KEEP_ALIVE]
+                for piece in pieces:
+                    if piece.index not in begun:
+                        begun.add(piece.index)
+                        frames.append(encoder.start(piece.index, usage))
+                        if preludes:
+                            frames.append(encoder.text(piece.index, preludes[piece.index], usage))
+                    if piece.text:
+                        frames.append(encoder.text(piece.index, piece.text, usage))
+                    if piece.finish_reason is not None:
+                        frames.append(encoder.finish(piece.index, piece.finish_reason, usage))
+                if generation.is_done():
+                    if body.include_usage:
+                        frames.append(encoder.usage(generation.usage()))
+                    frames.append(DONE)
+                yield b"".join(frames)
+
+
+def answer_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def service_of(request: HTTPRequest) -> Service:
+    """Dependency: the application's service."""
+    service: Service = request.app.state.service
+    return service
+
+
+def principal_of(request: HTTPRequest) -> Principal:
+    """Dependency: who asks, as the door found out."""
+    principal: Principal = request.state.principal
+    return principal

@@ -1,0 +1,142 @@
+"""POST /v1/chat/completions: the request, the answer, and the chunks of a streamed one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from engine.errors import RequestError
+from server.schemas.common import Body, ChunkEncoder, GenerationBody, Usage
+from server.schemas.fields import CHAT_FIELDS, MESSAGE_FIELDS, Inspection, Table, inspect
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+
+
+def _parts(value: Any) -> Any:
+    """Text is a list of one part, so that a wrong part is reported at its own place."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if value is not None and not isinstance(value, list):
+        raise ValueError("must be text or a list of parts")
+    return value
+
+
+class ContentPart(Body):
+    """One part of a message. Text (and refusals sent back to us) are read; other types are refused by name."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+    def as_text(self, where: str) -> str:
+        if self.type == "text" and self.text is not None:
+            return self.text
+        if self.type == "refusal" and self.refusal is not None:
+            return self.refusal
+        if self.type in ("text", "refusal"):
+            raise RequestError(f"{where}.{self.type} is missing.", param=f"{where}.{self.type}")
+        raise RequestError(
+            f"{where} has type {self.type[:64]!r}: the model reads text only.",
+            param=f"{where}.type",
+            code="unsupported_content_type",
+        )
+
+
+class Message(Body):
+    """One message. Whatever an answer of ours holds may stand here again."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[list[ContentPart] | None, BeforeValidator(_parts), Field(max_length=MAX_PARTS)] = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+    def for_template(self, where: str) -> dict[str, str]:
+        """The message as chat templates read it: role, content and, where given, name and reasoning_content."""
+        if self.role in ("tool", "function"):
+            raise RequestError(
+                f"{where} has role {self.role!r}: tools are not supported by this server.",
+                param=f"{where}.role",
+                code="unsupported_parameter",
+            )
+        if self.content is None and self.role != "assistant":
+            raise RequestError(f"{where}.content is missing.", param=f"{where}.content")
+        texts = [part.as_text(f"{where}.content.{i}") for i, part in enumerate(self.content or ())]
+        if self.content is None and self.refusal is not None:
+            texts = [self.refusal]
+        message = {"role": self.role, "content": "\n".join(texts)}
+        if self.name is not None:
+            message["name"] = self.name
+        reasoning = self.reasoning_content if self.reasoning_content is not None else self.reasoning
+        if reasoning is not None and self.role == "assistant":
+            message["reasoning_content"] = reasoning
+        return message
+
+
+class ChatCompletionRequest(GenerationBody):
+    """A conversation to answer."""
+
+    fields: ClassVar[Table] = CHAT_FIELDS
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens, over which it wins.")
+
+    def inspect(self) -> Inspection:
+        found = super().inspect()
+        for i, message in enumerate(self.messages):
+            found += inspect(MESSAGE_FIELDS, message.model_extra or {}, f"messages.{i}.")
+        return found
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def for_template(self) -> list[dict[str, str]]:
+        """The messages as chat templates read them. Raises RequestError naming the part that is not text."""
+        return [message.for_template(f"messages.{i}") for i, message in enumerate(self.messages)]
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunks(ChunkEncoder):
+    """The chunks of a streamed chat."""
+
+    object = "chat.completion.chunk"
+
+    def start(self, index: int, usage: Usage | None = None) -> bytes:
+        choice = b'{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,' % index
+        return self._head + choice + b'"finish_reason":null}' + self._end(usage)
+
+    def text(self, index: int, text: str, usage: Usage | None = None) -> bytes:
+        choice = b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
+        return self._head + choice % (index, self._encode(text)) + self._end(usage)
+
+    def finish(self, index: int, reason: str, usage: Usage | None = None) -> bytes:
+        choice = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}'
+        return self._head + choice % (index, self._encode(reason)) + self._end(usage)

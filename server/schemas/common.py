@@ -1,0 +1,213 @@
+"""What chat and plain completions share: the sampling fields of a request, usage, and the checks that need no model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from engine.errors import RequestError
+from engine.request import SamplingParams
+from server.schemas.fields import STREAM_OPTION_FIELDS, Inspection, Table, inspect
+
+MAX_CHOICES = 128
+"""Most answers to one HTTP request: `n` times its number of prompts."""
+
+MAX_STOPS = 16
+"""Most stop strings; the OpenAI API takes 4."""
+
+MAX_STOP_LENGTH = 1024
+"""Longest stop string, in characters: text is held back while it could still become one."""
+
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+
+SEED_SPACE = 1 << 64
+
+
+def _stops(value: Any) -> Any:
+    """A single stop string is a list of one; empty ones ask for nothing, as some clients send them."""
+    if isinstance(value, str):
+        value = [value]
+    return [stop for stop in value if stop != ""] if isinstance(value, list) else value
+
+
+def _bias_keys(value: Any) -> Any:
+    """JSON object keys are text; anything but a plain decimal stays as it is, to be refused by its type."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if key.isascii() and key.isdigit() and len(key) < 12 else key: bias for key, bias in value.items()}
+
+
+StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[StopString] | None, BeforeValidator(_stops), Field(max_length=MAX_STOPS)]
+LogitBias = Annotated[dict[int, float] | None, BeforeValidator(_bias_keys), Field(max_length=MAX_LOGIT_BIAS)]
+
+
+class Body(BaseModel):
+    """A request body: exact types (no "1" for 1), names outside the model kept in `model_extra`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(Body):
+    """What a stream reports beside text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(Body):
+    """The fields that chat and plain completions share. Null means the default throughout."""
+
+    fields: ClassVar[Table]
+
+    model: str = Field(min_length=1, description="A model id, as /v1/models lists it.")
+    temperature: float | None = Field(None, description="0 to 2; 0 always takes the best token.")
+    top_p: float | None = Field(None, description="Above 0, at most 1.")
+    top_k: int | None = Field(None, description="0 or -1: off.")
+    min_p: float | None = Field(None, description="0 to 1; 0: off.")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Number of answers.")
+    seed: int | None = Field(None, description="Any whole number; taken modulo 2^64.")
+    stop: Stops = Field(None, description="Up to 16 texts that end the answer and are not part of it.")
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    max_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer, cut to what the context leaves.")
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: LogitBias = None
+    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31, description="Lower runs first.")
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def inspect(self) -> Inspection:
+        """Class every name of the body; raises RequestError on refused ones and on fields that do not go together."""
+        found = inspect(self.fields, self.model_extra or {})
+        if self.stream_options is not None:
+            if not self.stream and (self.stream_options.include_usage or self.stream_options.continuous_usage_stats):
+                raise RequestError("stream_options asks for usage in a stream: stream must be true.", param="stream")
+            found += inspect(STREAM_OPTION_FIELDS, self.stream_options.model_extra or {}, "stream_options.")
+        return found
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def sampling(self, *, max_tokens: int, vocab_size: int) -> SamplingParams:
+        """Validated sampling parameters. Raises RequestError naming the first field outside its range."""
+        _need_tokens("logit_bias", self.logit_bias or (), vocab_size)
+        _need_tokens("stop_token_ids", self.stop_token_ids or (), vocab_size)
+
+        def given(value: float | None, default: float) -> float:
+            return default if value is None else float(value)
+
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            temperature=given(self.temperature, 1.0),
+            top_p=given(self.top_p, 1.0),
+            # More than the vocabulary is the vocabulary, and the engine's field is 32 bits wide.
+            top_k=min(self.top_k or 0, vocab_size),
+            min_p=given(self.min_p, 0.0),
+            repetition_penalty=given(self.repetition_penalty, 1.0),
+            presence_penalty=given(self.presence_penalty, 0.0),
+            frequency_penalty=given(self.frequency_penalty, 0.0),
+            logit_bias=self.logit_bias or {},
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+        sampling.validate()
+        return sampling
+
+
+def concrete_seed(seed: int | None, draw: int) -> int:
+    """The 64-bit seed of a request: the caller's modulo 2^64 (so -1 is 2^64 - 1), or the one drawn for it."""
+    return (draw if seed is None else seed) % SEED_SPACE
+
+
+def _need_tokens(param: str, token_ids: Any, vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{param} holds token id {token_id}, and the model's vocabulary is 0 to {vocab_size - 1}.", param=param
+            )
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens read and written; `completion_tokens` counts what was delivered, over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+    )
+
+
+class ChunkEncoder:
+    """Encodes the events of one streamed answer: the parts that stay the same are encoded once.
+
+    Every method returns the bytes of whole server-sent events. With `with_usage`, each chunk has a `usage` field, null
+    unless given.
+    """
+
+    object: ClassVar[str]
+
+    def __init__(self, *, id: str, created: int, model: str, fingerprint: str, with_usage: bool) -> None:
+        same = {
+            "id": id,
+            "object": self.object,
+            "created": created,
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+        self._head = b"data: " + msgspec.json.encode(same)[:-1] + b',"choices":['
+        self._tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"
+        self._encode = msgspec.json.Encoder().encode
+
+    def start(self, index: int, usage: Usage | None = None) -> bytes:
+        """What comes before a choice's text; may be nothing."""
+        raise NotImplementedError
+
+    def text(self, index: int, text: str, usage: Usage | None = None) -> bytes:
+        """More text of a choice."""
+        raise NotImplementedError
+
+    def finish(self, index: int, reason: str, usage: Usage | None = None) -> bytes:
+        """The last chunk of a choice."""
+        raise NotImplementedError
+
+    def usage(self, usage: Usage) -> bytes:
+        """The last chunk of a stream with `include_usage`: no choices."""
+        return self._head + self._end(usage)
+
+    def _end(self, usage: Usage | None) -> bytes:
+        return b"]" + (self._tail if usage is None else b',"usage":' + usage.model_dump_json().encode() + b"}\n\n")

@@ -1,0 +1,208 @@
+"""Every request field that the OpenAI API and vLLM's extensions of it know, and what this server does with each.
+
+A field works, is a hint (valid, recorded in a metric, without effect on the answer), or is refused with 400 because
+ignoring it would change the answer. Null and the listed no-op values of a refused field pass.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import RequestError
+
+
+class Use(enum.Enum):
+    WORKS = "works"
+    HINT = "hint"
+    REFUSED = "refused"
+
+
+NOT_SUPPORTED = "is not supported by this server"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field's class. `no_ops` are values that ask for nothing; null always is one."""
+
+    use: Use
+    no_ops: tuple[Any, ...] = ()
+    reason: str = NOT_SUPPORTED
+
+    def is_no_op(self, value: Any) -> bool:
+        # 0 == False in Python, and they are different requests in JSON.
+        return value is None or any(_is_bool(value) == _is_bool(no_op) and value == no_op for no_op in self.no_ops)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+Table = Mapping[str, Field]
+
+WORKS = Field(Use.WORKS)
+HINT = Field(Use.HINT)
+
+
+def refused(*no_ops: Any, reason: str = NOT_SUPPORTED) -> Field:
+    return Field(Use.REFUSED, no_ops, reason)
+
+
+_TEMPLATE_REASON = "cannot be set by a request: chat templates come from the model or the operator"
+
+_SAMPLING: dict[str, Field] = {
+    # The OpenAI API.
+    "model": WORKS,
+    "temperature": WORKS,
+    "top_p": WORKS,
+    "n": WORKS,
+    "seed": WORKS,
+    "stop": WORKS,
+    "max_tokens": WORKS,
+    "presence_penalty": WORKS,
+    "frequency_penalty": WORKS,
+    "logit_bias": WORKS,
+    "stream": WORKS,
+    "stream_options": WORKS,
+    "user": HINT,
+    # vLLM's extensions.
+    "top_k": WORKS,
+    "min_p": WORKS,
+    "repetition_penalty": WORKS,
+    "stop_token_ids": WORKS,
+    "ignore_eos": WORKS,
+    "min_tokens": WORKS,
+    "priority": WORKS,
+    "cache_salt": WORKS,
+    "request_id": HINT,
+    "add_special_tokens": WORKS,
+    "include_stop_str_in_output": refused(False),
+    "skip_special_tokens": refused(True),
+    "spaces_between_special_tokens": refused(True),
+    "use_beam_search": refused(False),
+    "length_penalty": refused(1.0),
+    "prompt_logprobs": refused(),
+    "truncate_prompt_tokens": refused(),
+    "allowed_token_ids": refused(),
+    "bad_words": refused([]),
+    "logits_processors": refused([]),
+    "logits_processor_pattern": refused(),
+    "structured_outputs": refused(),
+    "guided_json": refused(),
+    "guided_regex": refused(),
+    "guided_choice": refused(),
+    "guided_grammar": refused(),
+    "guided_decoding_backend": HINT,
+    "guided_whitespace_pattern": refused(),
+    "return_tokens_as_token_ids": refused(False),
+    "return_token_ids": refused(False),
+    "kv_transfer_params": refused(),
+    "vllm_xargs": refused({}),
+}
+
+CHAT_FIELDS: Table = {
+    "messages": WORKS,
+    **_SAMPLING,
+    "max_completion_tokens": WORKS,
+    "logprobs": refused(False),
+    "top_logprobs": refused(0),
+    "tools": refused([]),
+    "tool_choice": refused("none", "auto"),
+    "functions": refused([]),
+    "function_call": refused("none", "auto"),
+    "parallel_tool_calls": HINT,  # says how tools may be called, and there are none
+    "response_format": refused({"type": "text"}),
+    "modalities": refused(["text"]),
+    "audio": refused(),
+    "moderation": refused(),
+    "reasoning_effort": refused("none"),
+    "verbosity": refused("medium"),
+    "web_search_options": refused(),
+    "prediction": HINT,  # promises speed; the answer is the same without
+    "metadata": HINT,
+    "store": HINT,
+    "service_tier": HINT,
+    "safety_identifier": HINT,
+    "prompt_cache_key": HINT,
+    "prompt_cache_options": HINT,
+    "prompt_cache_retention": HINT,
+    "echo": refused(False),
+    "add_generation_prompt": refused(True),
+    "continue_final_message": refused(False),
+    "documents": refused([]),
+    "chat_template": refused(reason=_TEMPLATE_REASON),
+    "chat_template_kwargs": refused({}),
+    "mm_processor_kwargs": refused({}),
+    "media_io_kwargs": refused({}),
+    "include_reasoning": refused(True),
+    "thinking_token_budget": refused(),
+    "add_special_tokens": refused(False, reason="is not supported by this server: the chat template places them"),
+}
+
+COMPLETION_FIELDS: Table = {
+    "prompt": WORKS,
+    **_SAMPLING,
+    "echo": WORKS,
+    "best_of": refused(1),
+    "logprobs": refused(),
+    "suffix": refused(""),
+    "response_format": refused({"type": "text"}),
+    "prompt_embeds": refused(),
+}
+
+STREAM_OPTION_FIELDS: Table = {
+    "include_usage": WORKS,
+    "continuous_usage_stats": WORKS,
+    "include_obfuscation": HINT,  # pads chunks against observers of the wire; no part of the answer
+}
+
+MESSAGE_FIELDS: Table = {
+    "role": WORKS,
+    "content": WORKS,
+    "name": WORKS,
+    "refusal": WORKS,
+    "reasoning": WORKS,
+    "reasoning_content": WORKS,
+    "annotations": HINT,
+    "tool_calls": refused([]),
+    "function_call": refused(),
+    "audio": refused(),
+    "tool_call_id": refused(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a body holds beside fields that work: names without effect, and names that no table knows."""
+
+    hints: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def __add__(self, other: Inspection) -> Inspection:
+        return Inspection(self.hints + other.hints, self.unknown + other.unknown)
+
+
+def inspect(table: Table, body: Mapping[str, Any], prefix: str = "") -> Inspection:
+    """Class every name of a body. Raises RequestError on a refused field that asks for something."""
+    hints: list[str] = []
+    unknown: list[str] = []
+    for name, value in body.items():
+        field = table.get(name)
+        if field is None:
+            unknown.append(prefix + name)
+        elif field.use is Use.HINT:
+            if value is not None:
+                hints.append(prefix + name)
+        elif field.use is Use.REFUSED and not field.is_no_op(value):
+            raise RequestError(
+                f"{prefix}{name} {field.reason}.{_allowed(field)}", param=prefix + name, code="unsupported_parameter"
+            )
+    return Inspection(tuple(hints), tuple(unknown))
+
+
+def _allowed(field: Field) -> str:
+    if not field.no_ops:
+        return " Leave it out."
+    return " Leave it out, or send " + " or ".join(repr(value) for value in field.no_ops) + "."

@@ -1,0 +1,149 @@
+"""A scripted engine and a word-level text side: real implementations of the two seams, without a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from engine.errors import EngineDeadError
+from engine.request import Capabilities, EngineStats, FinishReason, Request, TokenDelta
+
+VOCAB_SIZE = 128
+EOS = 0
+BOS = 1
+MAX_MODEL_LEN = 64
+
+Script = Callable[[Request], Sequence[TokenDelta | BaseException | asyncio.Event]]
+"""What the engine does with a request: deltas it gives, errors it raises, events it waits for."""
+
+
+def say(request: Request, text: str, *, finish: FinishReason | None = FinishReason.STOP) -> list[TokenDelta]:
+    """One delta per character, cut to max_tokens, then EOS where the script ends by itself."""
+    deltas = [TokenDelta(request_id=request.request_id, position=i, token_ids=[ord(c)]) for i, c in enumerate(text)]
+    limit = request.sampling.max_tokens
+    if limit is not None and len(deltas) >= limit:
+        deltas = deltas[:limit]
+        last = deltas.pop()
+        return [
+            *deltas,
+            TokenDelta(
+                request_id=last.request_id,
+                position=last.position,
+                token_ids=last.token_ids,
+                finish_reason=FinishReason.LENGTH,
+            ),
+        ]
+    if finish is FinishReason.STOP:
+        deltas.append(
+            TokenDelta(
+                request_id=request.request_id,
+                position=len(deltas),
+                token_ids=[EOS],
+                finish_reason=finish,
+                stop_token_id=EOS,
+            )
+        )
+    elif finish is not None:
+        deltas.append(TokenDelta(request_id=request.request_id, position=len(deltas), finish_reason=finish))
+    return deltas
+
+
+class FakeEngine:
+    """Plays `script` for every request and remembers what it was asked and what was aborted."""
+
+    def __init__(self, script: Script | None = None, *, max_model_len: int = MAX_MODEL_LEN) -> None:
+        self.script: Script = script or (lambda request: say(request, "Hello, world"))
+        self.max_model_len = max_model_len
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.may_start: asyncio.Event | None = None
+        self.alive = False
+        self.ready = False
+        self.stopped = False
+
+    async def start(self) -> None:
+        if self.may_start is not None:
+            await self.may_start.wait()
+        self.alive = self.ready = True
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        self.idle.clear()
+        finished = False
+        try:
+            for step in self.script(request):
+                if isinstance(step, BaseException):
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                    continue
+                await asyncio.sleep(0)
+                finished = step.finish_reason is not None
+                yield step
+        finally:
+            if not finished:
+                self.aborted.append(request.request_id)
+            self.running.discard(request.request_id)
+            if not self.running:
+                self.idle.set()
+
+    def capabilities(self) -> Capabilities:
+        if not self.ready:
+            raise EngineDeadError("not started")
+        return Capabilities(engine="fake", model="fake-model", max_model_len=self.max_model_len, vocab_size=VOCAB_SIZE)
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self.running), num_blocks=7, num_steps=41)
+
+    async def stop(self, drain: float) -> None:
+        self.alive = self.ready = False
+        self.stopped = True
+
+
+class FakeStream:
+    """Characters as they come; text that may still become a stop string is held back."""
+
+    def __init__(self, stop: Sequence[str], min_tokens: int) -> None:
+        self._stop = stop
+        self._min_tokens = min_tokens
+        self._held = ""
+        self._num_tokens = 0
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        self._num_tokens += 1
+        self._held += chr(token_id)
+        if self._num_tokens > self._min_tokens:
+            for stop in self._stop:
+                if (at := self._held.find(stop)) >= 0:
+                    self.stopped = True
+                    return self._held[:at]
+        keep = max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return given
+
+    def flush(self) -> str:
+        given, self._held = self._held, ""
+        return given
+
+
+class FakeText:
+    """One token per ASCII character."""
+
+    vocab_size = VOCAB_SIZE
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return [BOS] + [ord(c) % VOCAB_SIZE for message in messages for c in message["content"]]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return ([BOS] if add_special_tokens else []) + [ord(c) % VOCAB_SIZE for c in text]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(token_id) for token_id in token_ids if token_id > BOS)
+
+    def stream(self, stop: Sequence[str], min_tokens: int) -> FakeStream:
+        return FakeStream(stop, min_tokens)
