@@ -24,7 +24,7 @@ fi
 python=
 for candidate in ${1:-python3 python3.14 python3.13 python3.12 python3.11}; do
   if "$candidate" -c "$version_ok" 2>/dev/null; then
-    python=$("$candidate" -c 'import sys; print(sys.executable)') # the interpreter itself, not a version manager's shim
+    python=$candidate
     break
   fi
 done
@@ -71,4 +71,4 @@ if [ ${#missing[@]} -gt 0 ]; then
   } >&2
   exit 1
 fi
-echo "$python"
+"$python" -c 'import sys; print(sys.executable)' # the interpreter itself, not a version manager's shim
