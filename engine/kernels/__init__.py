@@ -1,0 +1,54 @@
+"""The kernels: one Program per instruction set, chosen at run time from the builds that this CPU can execute."""
+
+from __future__ import annotations
+
+from engine.config import ISAS, requested_isa
+from engine.errors import ConfigError
+from engine.kernels.batch import Program, Weights
+from engine.kernels.native import NativeProgram, build
+from engine.models.spec import DecoderSpec
+
+__all__ = ["available_isas", "create_program", "select_isa"]
+
+
+def available_isas() -> tuple[str, ...]:
+    """The native builds that are installed and that this CPU can execute, best first."""
+    return tuple(isa for isa in ISAS if isa != "reference" and _executable(isa))
+
+
+def select_isa(isa: str = "auto") -> str:
+    """The build to use: `isa`, or SERAPH_ISA where it is "auto", or the best there is.
+
+    Raises ConfigError for a build that is unknown, not installed or not executable here.
+    """
+    wanted = requested_isa() if isa == "auto" else isa
+    available = available_isas()
+    if wanted == "auto":
+        if not available:
+            raise ConfigError("isa: no native kernels are installed; `make build` compiles them.")
+        return available[0]
+    if wanted != "reference" and wanted not in available:
+        raise ConfigError(f"isa must be auto or one of {', '.join((*available, 'reference'))} here, got {wanted!r}.")
+    return wanted
+
+
+def create_program(
+    spec: DecoderSpec, weights: Weights, *, num_blocks: int, threads: int = 1, isa: str = "auto"
+) -> Program:
+    """Compile `spec` and its packed weights for `isa`, with KV memory of `num_blocks` blocks.
+
+    The weights are used where they lie and must stay there until `close`. Raises ValueError for weights that do not
+    fit the spec, ConfigError as `select_isa`.
+    """
+    chosen = select_isa(isa)
+    if chosen == "reference":
+        from engine.kernels.reference import ReferenceProgram  # numpy at length: only where asked for
+
+        return ReferenceProgram(spec, weights, num_blocks=num_blocks)
+    return NativeProgram(spec, weights, num_blocks=num_blocks, threads=threads, isa=chosen)
+
+
+def _executable(isa: str) -> bool:
+    """The portable build is the one that every CPU can import, so it is the one that is asked about the others."""
+    portable = build("portable")
+    return portable is not None and bool(portable.cpu_supports(isa)) and build(isa) is not None

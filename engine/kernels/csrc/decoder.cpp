@@ -1,0 +1,451 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace seraph {
+namespace {
+
+constexpr int kOwnRows = 4;            // up to here every thread quantizes a projection's input for itself
+constexpr int kRowsPerTile = 8;        // of the row-wise phases
+constexpr int kStateHead = 1 + kLanes; // floats of a stored Softmax before its output: max and sums
+
+constexpr int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+template <class T>
+void grow(std::vector<T>& v, int64_t size) {
+    if (static_cast<int64_t>(v.size()) < size)
+        v.resize(static_cast<size_t>(size));
+}
+
+std::vector<int> no_tiles(int phases) {
+    return std::vector<int>(static_cast<size_t>(phases), 0);
+}
+
+} // namespace
+
+QuantRows Decoder::Activations::rows(int64_t count, int k) {
+    const int64_t groups = k / kGroup;
+    grow(q, count * k);
+    grow(scale, count * groups);
+    grow(scaled_sum, count * groups);
+    grow(start, count * groups);
+    return {q.data(), scale.data(), scaled_sum.data(), start.data()};
+}
+
+Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv, int threads)
+    : shape_(shape), weights_(std::move(weights)), kv_{kv, shape.num_layers, shape.num_kv_heads, shape.head_dim},
+      team_(threads, 10 * shape.num_layers + 4), own_(static_cast<size_t>(threads)),
+      own_phase_(static_cast<size_t>(threads)), scratch_(static_cast<size_t>(threads)),
+      sampler_(static_cast<size_t>(threads)) {
+    phases_.push_back({Op::kEmbed, 0});
+    for (int i = 0; i < shape.num_layers; ++i) {
+        for (Op op : {Op::kAttnNorm, Op::kQkv, Op::kRope, Op::kAttend, Op::kMerge, Op::kOut, Op::kFfnNorm, Op::kGateUp,
+                      Op::kGate, Op::kDown}) {
+            phases_.push_back({op, i});
+        }
+    }
+    for (Op op : {Op::kFinal, Op::kHead, Op::kSample})
+        phases_.push_back({op, 0});
+    tiles_ = no_tiles(static_cast<int>(phases_.size()));
+}
+
+void Decoder::run(const Step& step, const int32_t* previous) {
+    previous_ = previous;
+    prepare(step);
+    const Team::Tile tile = [this](int phase, int index, int thread) { this->tile(phase, index, thread); };
+    team_.run(tiles_, tile);
+}
+
+void Decoder::prepare(const Step& step) {
+    const DecoderShape& s = shape_;
+    const int64_t tokens = step.num_tokens, rows = step.num_rows;
+    const int q_size = s.num_heads * s.head_dim;
+    step_ = step;
+    own_activations_ = step.num_tokens <= kOwnRows;
+    grow(x_, tokens * s.hidden);
+    grow(qkv_, tokens * weights_.layers[0].qkv.n);
+    grow(attended_, tokens * q_size);
+    grow(gated_, tokens * s.intermediate);
+    grow(request_of_, tokens);
+    grow(state_at_, tokens);
+    const int widest = std::max({s.hidden, q_size, s.intermediate});
+    shared_.rows(std::max(tokens, rows), widest);
+    if (own_activations_) {
+        for (auto& own : own_)
+            own.rows(kOwnRows, widest);
+    }
+    for (auto& scratch : scratch_)
+        grow(scratch, std::max(widest, 2 * kMaxQueries * s.head_dim));
+    if (rows > 0 && !step.logits && step.sampling)
+        grow(logits_, rows * s.vocab);
+    for (int r = 0; r < step.num_requests; ++r) {
+        std::fill(request_of_.begin() + step.query_starts[r], request_of_.begin() + step.query_starts[r + 1], r);
+    }
+    plan_attention(step);
+    std::fill(own_phase_.begin(), own_phase_.end(), -1);
+    for (size_t p = 0; p < phases_.size(); ++p)
+        tiles_[p] = num_tiles(phases_[p].op);
+}
+
+// Which rows attend together and which contexts are split changes no bit of any result, only who computes it.
+void Decoder::plan_attention(const Step& step) {
+    const int shared_heads = shape_.num_heads / shape_.num_kv_heads;
+    const int rows_per_tile = std::max(1, kMaxQueries / shared_heads);
+    const int whole = (step.num_tokens / rows_per_tile + step.num_requests) * shape_.num_kv_heads;
+    const bool may_split = whole < 4 * team_.size();
+    attention_.clear();
+    split_rows_.clear();
+    int64_t states = 0;
+    for (int r = 0; r < step.num_requests; ++r) {
+        const int begin = step.query_starts[r], end = step.query_starts[r + 1], length = step.seq_lens[r];
+        const bool split = may_split && length > kSegment;
+        const int segments = ceil_div(length, kSegment);
+        for (int row = begin; split && row < end; ++row) {
+            split_rows_.push_back(row);
+            state_at_[row] = states;
+            states += static_cast<int64_t>(segments) * shape_.num_heads * (kStateHead + shape_.head_dim);
+        }
+        for (int row = begin; row < end; row += rows_per_tile) {
+            const int rows = std::min(rows_per_tile, end - row);
+            const int limit = step.causal ? step.positions[row + rows - 1] + 1 : length;
+            for (int head = 0; head < shape_.num_kv_heads; ++head) {
+                if (!split) {
+                    attention_.push_back({row, rows, r, head, 0, limit, false});
+                    continue;
+                }
+                // Segments past a row's limit leave an empty state, so every one of them gets its tile.
+                for (int first = 0; first < length; first += kSegment) {
+                    attention_.push_back({row, rows, r, head, first, std::min(first + kSegment, length), true});
+                }
+            }
+        }
+    }
+    grow(states_, states);
+}
+
+int Decoder::num_tiles(Op op) const {
+    const int row_tiles = ceil_div(step_.num_tokens, kRowsPerTile);
+    const auto projection = [&](const Matrix& w, bool may_halve) {
+        if (step_.num_tokens > kMaxRows)
+            return w.num_strips() * ceil_div(step_.num_tokens, kTileRows);
+        // Half strips where whole ones would leave a thread waiting for the last one.
+        return w.num_strips() * (may_halve && w.num_strips() < 16 * team_.size() ? 2 : 1);
+    };
+    const DecoderLayer& layer = weights_.layers[0];
+    const bool wants_logits = step_.num_rows > 0 && (step_.logits || step_.sampling);
+    switch (op) {
+    case Op::kEmbed:
+        return step_.num_tokens;
+    case Op::kAttnNorm:
+    case Op::kFfnNorm:
+    case Op::kGate:
+        return own_activations_ ? 0 : row_tiles;
+    case Op::kQkv:
+        return projection(layer.qkv, true);
+    case Op::kRope:
+        return row_tiles;
+    case Op::kAttend:
+        return static_cast<int>(attention_.size());
+    case Op::kMerge:
+        return own_activations_ ? static_cast<int>(split_rows_.size()) : row_tiles;
+    case Op::kOut:
+        return projection(layer.o, true);
+    case Op::kGateUp:
+        return projection(layer.gate_up, false);
+    case Op::kDown:
+        return projection(layer.down, true);
+    case Op::kFinal:
+        return wants_logits || step_.hidden ? step_.num_rows : 0;
+    case Op::kHead:
+        return wants_logits ? weights_.head.num_strips() * ceil_div(step_.num_rows, kTileRows) : 0;
+    case Op::kSample:
+        return step_.sampling ? step_.num_rows : 0;
+    }
+    return 0;
+}
+
+void Decoder::tile(int phase, int index, int thread) {
+    const auto [op, i] = phases_[phase];
+    const DecoderLayer& layer = weights_.layers[i];
+    switch (op) {
+    case Op::kEmbed:
+        return embed(index);
+    case Op::kAttnNorm:
+        return norm_rows(layer.attn_norm, index, thread);
+    case Op::kQkv:
+        return project(layer.qkv, phase, index, thread);
+    case Op::kRope:
+        return rope(i, index, thread);
+    case Op::kAttend:
+        return attend(i, attention_[index], thread);
+    case Op::kMerge:
+        return merge(index);
+    case Op::kOut:
+        return project(layer.o, phase, index, thread);
+    case Op::kFfnNorm:
+        return norm_rows(layer.ffn_norm, index, thread);
+    case Op::kGateUp:
+        return project(layer.gate_up, phase, index, thread);
+    case Op::kGate:
+        return quantize_rows(gated_.data(), shape_.intermediate, index);
+    case Op::kDown:
+        return project(layer.down, phase, index, thread);
+    case Op::kFinal:
+        return final_row(index, thread);
+    case Op::kHead:
+        return project(weights_.head, phase, index, thread);
+    case Op::kSample:
+        return sample(index, thread);
+    }
+}
+
+void Decoder::embed(int token) {
+    int32_t id = step_.token_ids[token];
+    if (id < 0)
+        id = std::max(previous_[-1 - id], 0);
+    dequantize_row(weights_.embed, id, x_.data() + static_cast<int64_t>(token) * shape_.hidden);
+}
+
+// RMSNorm (Zhang and Sennrich, 2019) of one row, float32 [hidden].
+void Decoder::norm(const float* x, const float* weight, float* out) const {
+    const int n = shape_.hidden;
+    F32 sum = zero_f32();
+    for (int i = 0; i < n; i += kLanes) {
+        const F32 v = load(x + i);
+        sum = fma(v, v, sum);
+    }
+    const F32 scale = set1(1.0f / std::sqrt(reduce_add(sum) / static_cast<float>(n) + shape_.norm_eps));
+    for (int i = 0; i < n; i += kLanes)
+        store(out + i, load(x + i) * scale * load(weight + i));
+}
+
+void Decoder::norm_rows(const float* weight, int tile, int thread) {
+    const int n = shape_.hidden, end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
+    const QuantRows to = shared_.rows(0, n);
+    float* normed = scratch_[thread].data();
+    for (int row = tile * kRowsPerTile; row < end; ++row) {
+        norm(x_.data() + static_cast<int64_t>(row) * n, weight, normed);
+        quantize_row(normed, n, to, row);
+    }
+}
+
+void Decoder::quantize_rows(const float* from, int k, int tile) {
+    const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
+    const QuantRows to = shared_.rows(0, k);
+    for (int row = tile * kRowsPerTile; row < end; ++row)
+        quantize_row(from + static_cast<int64_t>(row) * k, k, to, row);
+}
+
+// The quantized input of a projection: what the phase before it made, or, in a small step, what this thread makes for
+// itself at its first tile. Both run the same code on the same rows.
+QuantRows Decoder::input_of(int phase, int thread) {
+    const auto [op, i] = phases_[phase];
+    const DecoderLayer& layer = weights_.layers[i];
+    const bool normed = op == Op::kQkv || op == Op::kGateUp;
+    const int k = op == Op::kOut ? layer.o.k : op == Op::kDown ? layer.down.k : shape_.hidden;
+    if (!own_activations_ || op == Op::kHead)
+        return shared_.rows(0, k);
+    const QuantRows to = own_[thread].rows(0, k);
+    if (own_phase_[thread] == phase)
+        return to;
+    own_phase_[thread] = phase;
+    const float* from = normed ? x_.data() : op == Op::kOut ? attended_.data() : gated_.data();
+    for (int row = 0; row < step_.num_tokens; ++row, from += k) {
+        const float* x = from;
+        if (normed) {
+            norm(from, op == Op::kQkv ? layer.attn_norm : layer.ffn_norm, scratch_[thread].data());
+            x = scratch_[thread].data();
+        }
+        quantize_row(x, k, to, row);
+    }
+    return to;
+}
+
+// One tile of a projection: a strip (or half of one) times up to kTileRows rows, and its epilogue. Between the two the
+// tile's sums lie in `out`: whatever is added to a projection before its epilogue is added there.
+void Decoder::project(const Matrix& w, int phase, int index, int thread) {
+    const Op op = phases_[phase].op;
+    const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
+    const int chunks = ceil_div(num_rows, kTileRows);
+    int strip = index / chunks, first_half = 0, last_half = 2;
+    if (tiles_[phase] > w.num_strips() * chunks) {
+        strip = index / 2;
+        first_half = index % 2;
+        last_half = first_half + 1;
+    }
+    const int chunk = tiles_[phase] > w.num_strips() * chunks ? 0 : index % chunks;
+    const int begin = chunk * kTileRows, count = std::min(kTileRows, num_rows - begin);
+    const QuantRows x = input_of(phase, thread);
+    alignas(64) float out[kMaxRows * kStrip];
+    const int passes = ceil_div(count, kMaxRows);
+    for (int pass = 0; pass < passes; ++pass) {
+        const int row = begin + count * pass / passes, rows = begin + count * (pass + 1) / passes - row;
+        project_strip(w, strip, first_half, last_half, x, row, rows, out);
+        for (int r = 0; r < rows; ++r) {
+            epilogue(op, w, row + r, strip * kStrip, first_half * 32, last_half * 32, out + r * kStrip);
+        }
+    }
+}
+
+// Columns [from, to) of a strip whose first column is `column`; y float32 [64].
+void Decoder::epilogue(Op op, const Matrix& w, int row, int column, int from, int to, const float* y) {
+    const int end = std::min(to, w.n - column);
+    switch (op) {
+    case Op::kQkv:
+        std::copy(y + from, y + std::max(from, end), qkv_.data() + static_cast<int64_t>(row) * w.n + column + from);
+        break;
+    case Op::kOut:
+    case Op::kDown: {
+        float* x = x_.data() + static_cast<int64_t>(row) * w.n + column;
+        for (int c = from; c < end; ++c)
+            x[c] += y[c];
+        break;
+    }
+    case Op::kGateUp: {
+        float* gated = gated_.data() + static_cast<int64_t>(row) * shape_.intermediate + column / 2;
+        for (int c = 0; c < kStrip / 2; c += kLanes) {
+            const F32 gate = load(y + c), one = set1(1.0f);
+            store(gated + c, gate / (one + exp(zero_f32() - gate)) * load(y + kStrip / 2 + c));
+        }
+        break;
+    }
+    case Op::kHead: {
+        float* logits = step_.logits ? step_.logits : logits_.data();
+        std::copy(y + from, y + std::max(from, end), logits + static_cast<int64_t>(row) * w.n + column + from);
+        break;
+    }
+    default:
+        break;
+    }
+}
+
+// Turns queries and keys (Su et al., 2021, half-split lanes), folds the softmax scale into the queries and writes
+// keys and values into their blocks.
+void Decoder::rope(int layer, int tile, int thread) {
+    const int d = shape_.head_dim, half = d / 2, q_size = shape_.num_heads * d, kv_size = shape_.num_kv_heads * d;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    float* key = scratch_[thread].data();
+    const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
+    for (int row = tile * kRowsPerTile; row < end; ++row) {
+        float* qkv = qkv_.data() + static_cast<int64_t>(row) * (q_size + 2 * kv_size);
+        const int position = step_.positions[row];
+        const float* cos = weights_.rope_cos + static_cast<int64_t>(position) * half;
+        const float* sin = weights_.rope_sin + static_cast<int64_t>(position) * half;
+        const auto rotate = [&](const float* from, float factor, float* to) {
+            for (int i = 0; i < half; ++i) {
+                const float low = from[i], high = from[half + i];
+                to[i] = (low * cos[i] - high * sin[i]) * factor;
+                to[half + i] = (high * cos[i] + low * sin[i]) * factor;
+            }
+        };
+        for (int h = 0; h < shape_.num_heads; ++h)
+            rotate(qkv + h * d, scale, qkv + h * d);
+        const int32_t* table = step_.block_tables + static_cast<int64_t>(request_of_[row]) * step_.max_blocks;
+        const int block = table[position / kBlock];
+        for (int h = 0; h < shape_.num_kv_heads; ++h) {
+            rotate(qkv + q_size + h * d, 1.0f, key);
+            write_kv(kv_.keys(block, layer, h), kv_.values(block, layer, h), d, position % kBlock, key,
+                     qkv + q_size + kv_size + h * d);
+        }
+    }
+}
+
+void Decoder::attend(int layer, const AttentionTile& t, int thread) {
+    const int d = shape_.head_dim, shared_heads = shape_.num_heads / shape_.num_kv_heads;
+    const int width = weights_.layers[layer].qkv.n;
+    const int32_t* table = step_.block_tables + static_cast<int64_t>(t.request) * step_.max_blocks;
+    const int total = t.rows * shared_heads;
+    for (int done = 0; done < total; done += kMaxQueries) { // more than once only where over 12 heads share one KV head
+        const int n = std::min(kMaxQueries, total - done);
+        const float* queries[kMaxQueries];
+        int limits[kMaxQueries], rows[kMaxQueries], heads[kMaxQueries];
+        Softmax segment[kMaxQueries], whole[kMaxQueries];
+        for (int i = 0; i < n; ++i) {
+            rows[i] = t.row + (done + i) / shared_heads;
+            heads[i] = t.head * shared_heads + (done + i) % shared_heads;
+            queries[i] = qkv_.data() + static_cast<int64_t>(rows[i]) * width + heads[i] * d;
+            limits[i] = step_.causal ? step_.positions[rows[i]] + 1 : step_.seq_lens[t.request];
+            segment[i].out = scratch_[thread].data() + i * d;
+            whole[i].out = scratch_[thread].data() + (kMaxQueries + i) * d;
+            whole[i].max = -HUGE_VALF;
+        }
+        for (int first = t.first; first < t.last; first += kSegment) {
+            attend_segment(kv_, table, layer, t.head, first, queries, limits, n, segment);
+            for (int i = 0; i < n; ++i) {
+                if (t.split) {
+                    store_state(segment[i], rows[i], heads[i], first / kSegment);
+                } else {
+                    fold(whole[i], segment[i], d);
+                }
+            }
+        }
+        if (t.split)
+            continue;
+        for (int i = 0; i < n; ++i) {
+            finish(whole[i], d, attended_.data() + static_cast<int64_t>(rows[i]) * shape_.num_heads * d + heads[i] * d);
+        }
+    }
+}
+
+float* Decoder::state_of(int row, int head, int segment) {
+    const int64_t size = kStateHead + shape_.head_dim;
+    return states_.data() + state_at_[row] + (static_cast<int64_t>(segment) * shape_.num_heads + head) * size;
+}
+
+void Decoder::store_state(const Softmax& from, int row, int head, int segment) {
+    float* to = state_of(row, head, segment);
+    to[0] = from.max;
+    std::copy_n(from.sum, kLanes, to + 1);
+    std::copy_n(from.out, shape_.head_dim, to + kStateHead);
+}
+
+void Decoder::merge(int index) {
+    const int q_size = shape_.num_heads * shape_.head_dim;
+    if (own_activations_)
+        return merge_row(split_rows_[index]);
+    const int begin = index * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
+    for (int row : split_rows_) {
+        if (row >= begin && row < end)
+            merge_row(row);
+    }
+    quantize_rows(attended_.data(), q_size, index);
+}
+
+// Folds a split row's states in order of position, as attend() does for a row that is not split.
+void Decoder::merge_row(int row) {
+    const int d = shape_.head_dim, segments = ceil_div(step_.seq_lens[request_of_[row]], kSegment);
+    for (int head = 0; head < shape_.num_heads; ++head) {
+        float* out = attended_.data() + (static_cast<int64_t>(row) * shape_.num_heads + head) * d;
+        Softmax whole, part;
+        whole.max = -HUGE_VALF;
+        whole.out = out;
+        for (int s = 0; s < segments; ++s) {
+            float* state = state_of(row, head, s);
+            part.max = state[0];
+            std::copy_n(state + 1, kLanes, part.sum);
+            part.out = state + kStateHead;
+            fold(whole, part, d);
+        }
+        finish(whole, d, out);
+    }
+}
+
+void Decoder::final_row(int row, int thread) {
+    const int n = shape_.hidden;
+    float* normed = step_.hidden ? step_.hidden + static_cast<int64_t>(row) * n : scratch_[thread].data();
+    norm(x_.data() + static_cast<int64_t>(step_.logits_rows[row]) * n, weights_.final_norm, normed);
+    quantize_row(normed, n, shared_.rows(0, n), row);
+}
+
+void Decoder::sample(int row, int thread) {
+    const float* logits = step_.logits ? step_.logits : logits_.data();
+    step_.chosen[row] = sample_row(*step_.sampling, row, logits + static_cast<int64_t>(row) * shape_.vocab,
+                                   shape_.vocab, sampler_[thread]);
+}
+
+} // namespace seraph

@@ -1,0 +1,135 @@
+// A decoder compiled for this build: packed weights, KV memory, scratch, and the list of phases one step walks.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "matmul.h"
+#include "sampler.h"
+#include "threads.h"
+
+namespace seraph {
+
+struct DecoderShape {
+    int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_position;
+    float norm_eps;
+};
+
+struct DecoderLayer {
+    const float *attn_norm, *ffn_norm; // [hidden]
+    Matrix qkv, o, gate_up, down;
+};
+
+struct DecoderWeights {
+    Matrix embed, head; // the same matrix where tied
+    const float* final_norm;
+    const float *rope_cos, *rope_sin; // [max_position, head_dim / 2]
+    std::vector<DecoderLayer> layers;
+};
+
+// The arrays of one step, as engine/kernels/batch.py describes them, checked before they come here.
+struct Step {
+    int num_tokens, num_requests, max_blocks, num_rows;
+    const int32_t *token_ids, *positions, *query_starts, *seq_lens, *block_tables, *logits_rows;
+    bool causal;
+    const Sampling* sampling; // null: nothing is chosen
+    float* logits;            // null or [num_rows, vocab]
+    float* hidden;            // null or [num_rows, hidden]
+    int32_t* chosen;          // [num_rows], written where sampling is given
+};
+
+class Decoder {
+  public:
+    // `kv` is zeroed memory of num_blocks blocks, owned by the caller as the weights are.
+    Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv, int threads);
+
+    // Computes one step. Token ids below 0 refer to `previous`, the tokens that the step before chose.
+    void run(const Step& step, const int32_t* previous);
+
+    int threads() const { return team_.size(); }
+
+  private:
+    enum class Op {
+        kEmbed,
+        kAttnNorm,
+        kQkv,
+        kRope,
+        kAttend,
+        kMerge,
+        kOut,
+        kFfnNorm,
+        kGateUp,
+        kGate,
+        kDown,
+        kFinal,
+        kHead,
+        kSample
+    };
+    struct Phase {
+        Op op;
+        int layer;
+    };
+    // Work of one attention tile: query rows [row, row + rows) of one request, one KV head, positions from `first` to
+    // `last`, a range of whole segments.
+    struct AttentionTile {
+        int32_t row, rows, request, head, first, last;
+        bool split; // several tiles share the rows: states are left for kMerge
+    };
+    // Quantized activations of one projection's input, and the per-thread copies that small steps make for themselves.
+    struct Activations {
+        std::vector<int8_t> q;
+        std::vector<float> scale, scaled_sum;
+        std::vector<int32_t> start;
+        // Room for `count` rows of k inputs (never shrinks), and where they lie.
+        QuantRows rows(int64_t count, int k);
+    };
+
+    void prepare(const Step& step);
+    void plan_attention(const Step& step);
+    int num_tiles(Op op) const;
+    void tile(int phase, int index, int thread);
+
+    void embed(int token);
+    void norm(const float* x, const float* weight, float* out) const;
+    void norm_rows(const float* weight, int tile, int thread);
+    void quantize_rows(const float* from, int k, int tile);
+    QuantRows input_of(int phase, int thread);
+    void project(const Matrix& w, int phase, int index, int thread);
+    void epilogue(Op op, const Matrix& w, int row, int column, int from, int to, const float* y);
+    void rope(int layer, int tile, int thread);
+    void attend(int layer, const AttentionTile& t, int thread);
+    float* state_of(int row, int head, int segment);
+    void store_state(const Softmax& from, int row, int head, int segment);
+    void merge(int index);
+    void merge_row(int row);
+    void final_row(int row, int thread);
+    void sample(int row, int thread);
+
+    DecoderShape shape_;
+    DecoderWeights weights_;
+    KvCache kv_;
+    std::vector<Phase> phases_;
+    Team team_;
+
+    // Of the step that runs.
+    Step step_{};
+    const int32_t* previous_ = nullptr;
+    bool own_activations_ = false; // few rows: each thread quantizes for itself and a phase is saved
+    std::vector<int> tiles_;
+    std::vector<AttentionTile> attention_;
+    std::vector<int32_t> split_rows_;               // rows whose states kMerge folds
+    std::vector<int64_t> state_at_;                 // [tokens] first state of a split row
+    std::vector<float> x_, qkv_, attended_, gated_; // [tokens, ...]
+    std::vector<float> logits_;                     // [rows, vocab], where the caller wants none
+    std::vector<float> states_;                     // of split rows: [segment][head][kStateHead + head_dim]
+    std::vector<int32_t> request_of_;               // [tokens]
+    Activations shared_;
+    std::vector<Activations> own_;            // [threads]
+    std::vector<int> own_phase_;              // [threads] the phase own_ was filled for
+    std::vector<std::vector<float>> scratch_; // [threads]
+    std::vector<SamplerScratch> sampler_;     // [threads]
+};
+
+} // namespace seraph

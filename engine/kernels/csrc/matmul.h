@@ -1,0 +1,47 @@
+// Quantized projections: int8 activations times packed 4- or 8-bit weights (the layout is engine/kernels/layout.py).
+#pragma once
+
+#include <cstdint>
+
+namespace seraph {
+
+constexpr int kStrip = 64;    // outputs of one strip
+constexpr int kGroup = 32;    // inputs that share a scale
+constexpr int kMaxRows = 8;   // activation rows that share one pass over the weights
+constexpr int kTileRows = 64; // activation rows of one unit of work
+
+struct Matrix {
+    const uint8_t* data;
+    int n, k; // outputs, inputs
+    int bits; // 4 or 8
+    bool min; // Correction.MIN, else ZERO_POINT
+
+    int num_strips() const { return (n + kStrip - 1) / kStrip; }
+    int num_groups() const { return k / kGroup; }
+    int quant_bytes() const { return kStrip * kGroup * bits / 8; }
+    int cell_bytes() const { return quant_bytes() + kStrip * 2 * (min ? 2 : 1); }
+    int64_t strip_bytes() const { return static_cast<int64_t>(num_groups()) * cell_bytes(); }
+    int64_t nbytes() const { return num_strips() * strip_bytes(); }
+};
+
+// Rows of activations as the kernels read them. Row r of q starts at r * k, of the others at r * k / 32.
+struct QuantRows {
+    int8_t* q;         // [rows, k]
+    float* scale;      // [rows, k / 32] largest magnitude of the group / 127
+    float* scaled_sum; // [rows, k / 32] scale * sum(q), what MIN multiplies
+    int32_t* start;    // [rows, k / 32] -8 * sum(q), where a ZERO_POINT sum starts (times 16 for 8 bits)
+};
+
+// One row x float32 [k] into row `row` of `to`.
+void quantize_row(const float* x, int k, const QuantRows& to, int row);
+
+// out[r * 64 + c] = row r times output c of a strip, for `rows` <= kMaxRows rows from `row` on. Only the 32-output
+// halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups in order, whatever
+// `rows` is: that is what makes a row's result independent of its batch.
+void project_strip(const Matrix& w, int strip, int first_half, int last_half, const QuantRows& x, int row, int rows,
+                   float* out);
+
+// Row `n` of the matrix, dequantized, float32 [k].
+void dequantize_row(const Matrix& w, int n, float* out);
+
+} // namespace seraph

@@ -1,0 +1,296 @@
+// The Python face of one build. Arrays come checked (engine/kernels/validate.py), so only what would be undefined
+// behaviour here is checked again: sizes that the arrays themselves tell.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "decoder.h"
+#include "matmul.h"
+#include "probe.h"
+#include "sampler.h"
+
+namespace nb = nanobind;
+
+namespace seraph {
+namespace {
+
+template <class T>
+using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using Ints = Array<const int32_t>;
+using Floats = Array<const float>;
+using Bytes = Array<const uint8_t>;
+
+// (data, outputs, inputs, bits, has mins)
+using PackedMatrix = std::tuple<Bytes, int, int, int, bool>;
+
+Matrix matrix_of(const PackedMatrix& packed) {
+    const auto& [data, n, k, bits, min] = packed;
+    const Matrix m{data.data(), n, k, bits, min};
+    if (static_cast<int64_t>(data.size()) != m.nbytes()) {
+        throw std::invalid_argument("packed matrix: expected " + std::to_string(m.nbytes()) + " bytes, got " +
+                                    std::to_string(data.size()));
+    }
+    return m;
+}
+
+// Zeroed memory in huge pages where the system gives them; pages are taken when first written.
+class Pages {
+  public:
+    explicit Pages(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
+        data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (data_ == MAP_FAILED)
+            throw std::bad_alloc();
+        madvise(data_, bytes_, MADV_HUGEPAGE);
+    }
+    ~Pages() { munmap(data_, bytes_); }
+    Pages(const Pages&) = delete;
+    Pages& operator=(const Pages&) = delete;
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_;
+    size_t bytes_;
+};
+
+// SamplingArrays, in the order of its fields.
+struct PySampling {
+    Floats temperature;
+    Ints top_k;
+    Floats top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    Array<const uint64_t> seed;
+    Ints choice, position, history_starts, history_output_starts, history_tokens, bias_starts, bias_tokens;
+    Floats bias_values;
+    std::optional<Ints> mask_rows;
+    std::optional<Array<const uint32_t>> masks;
+    std::optional<Ints> mask_ready;
+
+    Sampling view() const {
+        return {temperature.data(),
+                top_k.data(),
+                top_p.data(),
+                min_p.data(),
+                repetition_penalty.data(),
+                presence_penalty.data(),
+                frequency_penalty.data(),
+                seed.data(),
+                choice.data(),
+                position.data(),
+                history_starts.data(),
+                history_output_starts.data(),
+                history_tokens.data(),
+                bias_starts.data(),
+                bias_tokens.data(),
+                bias_values.data(),
+                mask_rows ? mask_rows->data() : nullptr,
+                masks ? masks->data() : nullptr,
+                mask_ready ? mask_ready->data() : nullptr};
+    }
+};
+
+class Program {
+  public:
+    Program(const DecoderShape& shape, const std::vector<Floats>& vectors, const std::vector<PackedMatrix>& matrices,
+            bool tied, Floats rope_cos, Floats rope_sin, int num_blocks, int threads)
+        : vectors_(vectors), rope_cos_(rope_cos), rope_sin_(rope_sin), num_blocks_(num_blocks) {
+        const size_t layers = static_cast<size_t>(shape.num_layers);
+        if (vectors.size() != 2 * layers + 1 || matrices.size() != 4 * layers + (tied ? 1 : 2)) {
+            throw std::invalid_argument("Program: wrong number of tensors");
+        }
+        for (const auto& packed : matrices)
+            bytes_.push_back(std::get<0>(packed));
+        DecoderWeights w;
+        w.embed = matrix_of(matrices[0]);
+        for (size_t i = 0; i < layers; ++i) {
+            w.layers.push_back({vectors[2 * i].data(), vectors[2 * i + 1].data(), matrix_of(matrices[1 + 4 * i]),
+                                matrix_of(matrices[2 + 4 * i]), matrix_of(matrices[3 + 4 * i]),
+                                matrix_of(matrices[4 + 4 * i])});
+        }
+        w.final_norm = vectors[2 * layers].data();
+        w.head = tied ? w.embed : matrix_of(matrices[1 + 4 * layers]);
+        w.rope_cos = rope_cos_.data();
+        w.rope_sin = rope_sin_.data();
+        const KvCache sizes{nullptr, shape.num_layers, shape.num_kv_heads, shape.head_dim};
+        block_bytes_ = sizes.block_size() * 2;
+        kv_ = std::make_unique<Pages>(block_bytes_ * num_blocks);
+        decoder_ = std::make_unique<Decoder>(shape, std::move(w), kv_->as<uint16_t>(), threads);
+    }
+
+    void step(Ints token_ids, Ints positions, Ints query_starts, Ints seq_lens, Ints block_tables, Ints logits_rows,
+              bool causal, const PySampling* sampling, std::optional<Array<float>> logits,
+              std::optional<Array<float>> hidden, Array<int32_t> chosen) {
+        Decoder& decoder = open();
+        Step step{};
+        step.num_tokens = static_cast<int>(token_ids.size());
+        step.num_requests = static_cast<int>(seq_lens.size());
+        step.max_blocks = static_cast<int>(block_tables.size() / seq_lens.size());
+        step.num_rows = static_cast<int>(logits_rows.size());
+        step.token_ids = token_ids.data();
+        step.positions = positions.data();
+        step.query_starts = query_starts.data();
+        step.seq_lens = seq_lens.data();
+        step.block_tables = block_tables.data();
+        step.logits_rows = logits_rows.data();
+        step.causal = causal;
+        Sampling how{};
+        if (sampling) {
+            how = sampling->view();
+            step.sampling = &how;
+        }
+        step.logits = logits ? logits->data() : nullptr;
+        step.hidden = hidden ? hidden->data() : nullptr;
+        step.chosen = chosen.data();
+        nb::gil_scoped_release release;
+        decoder.run(step, previous_.data());
+        previous_.assign(step.chosen, step.chosen + (sampling ? step.num_rows : 0));
+    }
+
+    void copy_blocks(Ints pairs) {
+        open();
+        uint8_t* memory = kv_->as<uint8_t>();
+        for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
+            std::memcpy(memory + pairs.data()[i + 1] * block_bytes_, memory + pairs.data()[i] * block_bytes_,
+                        static_cast<size_t>(block_bytes_));
+        }
+    }
+
+    int num_previous() const { return static_cast<int>(previous_.size()); }
+
+    void close() {
+        decoder_.reset();
+        kv_.reset();
+    }
+
+  private:
+    Decoder& open() {
+        if (!decoder_)
+            throw std::runtime_error("the program is closed");
+        return *decoder_;
+    }
+
+    std::vector<Floats> vectors_; // kept alive: the decoder points into them
+    std::vector<Bytes> bytes_;
+    Floats rope_cos_, rope_sin_;
+    int num_blocks_;
+    int64_t block_bytes_;
+    std::unique_ptr<Pages> kv_;
+    std::unique_ptr<Decoder> decoder_;
+    std::vector<int32_t> previous_;
+};
+
+// y float32 [M, n] = x float32 [M, k] through the quantized projection, with one thread, `rows` at a time.
+void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
+    const Matrix w = matrix_of(packed);
+    const int m = static_cast<int>(x.size()) / w.k;
+    if (rows < 1 || rows > kMaxRows || static_cast<int64_t>(x.size()) != static_cast<int64_t>(m) * w.k ||
+        static_cast<int64_t>(y.size()) != static_cast<int64_t>(m) * w.n) {
+        throw std::invalid_argument("matmul: shapes do not fit");
+    }
+    nb::gil_scoped_release release;
+    const size_t groups = static_cast<size_t>(m) * static_cast<size_t>(w.num_groups());
+    std::vector<int8_t> q(x.size());
+    std::vector<float> scale(groups), scaled_sum(groups);
+    std::vector<int32_t> start(groups);
+    const QuantRows quantized{q.data(), scale.data(), scaled_sum.data(), start.data()};
+    for (int r = 0; r < m; ++r)
+        quantize_row(x.data() + static_cast<int64_t>(r) * w.k, w.k, quantized, r);
+    alignas(64) float out[kMaxRows * kStrip];
+    for (int strip = 0; strip < w.num_strips(); ++strip) {
+        const int columns = std::min(kStrip, w.n - strip * kStrip);
+        for (int row = 0; row < m; row += rows) {
+            const int count = std::min(rows, m - row);
+            project_strip(w, strip, 0, 2, quantized, row, count, out);
+            for (int r = 0; r < count; ++r) {
+                std::copy_n(out + r * kStrip, columns, y.data() + static_cast<int64_t>(row + r) * w.n + strip * kStrip);
+            }
+        }
+    }
+}
+
+// Seconds that a team of `threads` needs for `turns` projections of m rows, cycling through `copies` matrices that lie
+// one after another in `packed`.
+double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int threads) {
+    const auto& [data, n, k, bits, min] = packed;
+    Matrix w{data.data(), n, k, bits, min};
+    if (m < 1 || copies < 1 || turns < 1 || threads < 1 || static_cast<int64_t>(data.size()) != w.nbytes() * copies) {
+        throw std::invalid_argument("time_matmul: expected copies * nbytes bytes and positive counts");
+    }
+    nb::gil_scoped_release release;
+    const size_t groups = static_cast<size_t>(m) * static_cast<size_t>(w.num_groups());
+    std::vector<int8_t> q(static_cast<size_t>(m) * static_cast<size_t>(k), 3);
+    std::vector<float> scale(groups, 0.01f), scaled_sum(groups, 0.01f);
+    std::vector<int32_t> start(groups, 0);
+    const QuantRows x{q.data(), scale.data(), scaled_sum.data(), start.data()};
+    Team team(threads, turns);
+    const int chunks = (m + kTileRows - 1) / kTileRows;
+    const std::vector<int> tiles(static_cast<size_t>(turns), w.num_strips() * chunks);
+    const Team::Tile tile = [&](int turn, int index, int) {
+        Matrix mine = w;
+        mine.data += turn % copies * w.nbytes();
+        alignas(64) float out[kMaxRows * kStrip];
+        const int begin = index % chunks * kTileRows, end = std::min(m, begin + kTileRows);
+        for (int row = begin; row < end; row += kMaxRows) {
+            project_strip(mine, index / chunks, 0, 2, x, row, std::min(kMaxRows, end - row), out);
+        }
+    };
+    const auto now = [] { return std::chrono::steady_clock::now(); };
+    const auto start_time = now();
+    team.run(tiles, tile);
+    return std::chrono::duration<double>(now() - start_time).count();
+}
+
+} // namespace
+
+NB_MODULE(SERAPH_MODULE, m) {
+    nb::class_<DecoderShape>(m, "DecoderShape")
+        .def(nb::init<int, int, int, int, int, int, int, int, float>(), nb::arg("num_layers"), nb::arg("hidden"),
+             nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("intermediate"),
+             nb::arg("vocab"), nb::arg("max_position"), nb::arg("norm_eps"));
+    nb::class_<PySampling>(m, "Sampling")
+        .def(nb::init<Floats, Ints, Floats, Floats, Floats, Floats, Floats, Array<const uint64_t>, Ints, Ints, Ints,
+                      Ints, Ints, Ints, Ints, Floats, std::optional<Ints>, std::optional<Array<const uint32_t>>,
+                      std::optional<Ints>>(),
+             nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
+             nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"),
+             nb::arg("choice"), nb::arg("position"), nb::arg("history_starts"), nb::arg("history_output_starts"),
+             nb::arg("history_tokens"), nb::arg("bias_starts"), nb::arg("bias_tokens"), nb::arg("bias_values"),
+             nb::arg("mask_rows").none(), nb::arg("masks").none(), nb::arg("mask_ready").none());
+    nb::class_<Program>(m, "Program")
+        .def(nb::init<const DecoderShape&, const std::vector<Floats>&, const std::vector<PackedMatrix>&, bool, Floats,
+                      Floats, int, int>(),
+             nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("tied"), nb::arg("rope_cos"),
+             nb::arg("rope_sin"), nb::arg("num_blocks"), nb::arg("threads"))
+        .def("step", &Program::step, nb::arg("token_ids"), nb::arg("positions"), nb::arg("query_starts"),
+             nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("logits_rows"), nb::arg("causal"),
+             nb::arg("sampling").none(), nb::arg("logits").none(), nb::arg("hidden").none(), nb::arg("chosen"))
+        .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
+        .def_prop_ro("num_previous", &Program::num_previous)
+        .def("close", &Program::close);
+    m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
+    m.def("time_matmul", &time_matmul, nb::arg("matrix"), nb::arg("copies"), nb::arg("m"), nb::arg("turns"),
+          nb::arg("threads"));
+    m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"),
+          nb::call_guard<nb::gil_scoped_release>());
+    m.def("int8_rate", &int8_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+    m.def("cpu_supports", &cpu_supports, nb::arg("isa"));
+    m.def("uniform", &uniform, nb::arg("seed"), nb::arg("choice"), nb::arg("position"));
+}
+
+} // namespace seraph

@@ -1,0 +1,122 @@
+#include "probe.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+namespace seraph {
+namespace {
+
+double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Runs work(thread) on all threads at once and returns the seconds until the last is done.
+double together(int threads, const std::function<void(int)>& work) {
+    std::atomic<int> ready{0};
+    std::vector<std::thread> team;
+    for (int t = 1; t < threads; ++t) {
+        team.emplace_back([&, t] {
+            ready.fetch_add(1);
+            while (ready.load() < threads) {
+            }
+            work(t);
+        });
+    }
+    while (ready.load() < threads - 1)
+        std::this_thread::yield();
+    const double start = seconds();
+    ready.fetch_add(1);
+    work(0);
+    for (auto& thread : team)
+        thread.join();
+    return seconds() - start;
+}
+
+} // namespace
+
+double read_bandwidth(int64_t bytes, int threads) {
+    const int64_t share = bytes / threads / 256 * 256;
+    void* memory =
+        mmap(nullptr, static_cast<size_t>(share * threads), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        throw std::bad_alloc();
+    madvise(memory, static_cast<size_t>(share * threads), MADV_HUGEPAGE);
+    std::memset(memory, 1, static_cast<size_t>(share * threads));
+    std::vector<int32_t> sums(static_cast<size_t>(threads));
+    const double time = together(threads, [&](int t) {
+        const uint8_t* p = static_cast<const uint8_t*>(memory) + t * share;
+        I32 a = set1_i32(0), b = a, c = a, d = a;
+        for (int64_t i = 0; i < share; i += 256) {
+            a = a + load_i32(p + i);
+            b = b + load_i32(p + i + 64);
+            c = c + load_i32(p + i + 128);
+            d = d + load_i32(p + i + 192);
+        }
+        sums[t] = reduce_add(a + b + (c + d));
+    });
+    munmap(memory, static_cast<size_t>(share * threads));
+    volatile int32_t keep = sums[0];
+    (void)keep;
+    return static_cast<double>(share * threads) / time * 1e-9;
+}
+
+double int8_rate(int threads) {
+    constexpr int kChains = 8, kTurns = 200000, kPerTurn = 8;
+    std::vector<int32_t> sums(static_cast<size_t>(threads));
+    const double time = together(threads, [&](int t) {
+        GroupDot<4> dot[kChains];
+        for (auto& chain : dot)
+            chain.start(set1_i32(t));
+        I32 w = set1_i32(0x01020304), a = set1_i32(0x01ff01ff);
+        for (int turn = 0; turn < kTurns; ++turn) {
+#if defined(__x86_64__) || defined(__aarch64__)
+            asm volatile("" : "+m"(w), "+m"(a)); // the operands may have changed, says this, so nothing is hoisted
+#endif
+            const I32 weights = w, activations = a;
+#pragma GCC unroll 8
+            for (int i = 0; i < kPerTurn; ++i) {
+#pragma GCC unroll 8
+                for (int c = 0; c < kChains; ++c)
+                    dot[c].add(weights, activations);
+            }
+        }
+        I32 sum = set1_i32(0);
+        for (auto& chain : dot)
+            sum = sum + chain.finish();
+        sums[t] = reduce_add(sum);
+    });
+    volatile int32_t keep = sums[0];
+    (void)keep;
+    return 2.0 * 64 * kPerTurn * kChains * kTurns * threads / time * 1e-12;
+}
+
+bool cpu_supports(const char* isa) {
+    const std::string_view name(isa);
+    if (name == "portable")
+        return true;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (name == "avx2")
+        return avx2;
+    if (name == "avx512") {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni");
+    }
+#endif
+    return false;
+}
+
+} // namespace seraph

@@ -1,0 +1,37 @@
+// Chooses tokens from logits. The definitions stand in engine/kernels/batch.py (SamplingArrays); all pointers are its
+// arrays, checked before they come here.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace seraph {
+
+struct Sampling {
+    const float* temperature;
+    const int32_t* top_k;
+    const float *top_p, *min_p, *repetition_penalty, *presence_penalty, *frequency_penalty;
+    const uint64_t* seed;
+    const int32_t *choice, *position;
+    const int32_t *history_starts, *history_output_starts, *history_tokens;
+    const int32_t *bias_starts, *bias_tokens;
+    const float* bias_values;
+    const int32_t* mask_rows; // null: no masks
+    const uint32_t* masks;
+    const int32_t* mask_ready; // null: every mask is ready
+};
+
+// Scratch of one thread.
+struct SamplerScratch {
+    std::vector<float> logits, weights; // [vocab]
+    std::vector<int32_t> counts;        // [vocab], zero between calls
+};
+
+// The token of row r, whose raw logits are float32 [vocab]; -1 where every token is forbidden.
+int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, SamplerScratch& scratch);
+
+// u in [0, 1), a multiple of 2^-24 that depends on nothing but its arguments: Philox4x32-10 (Salmon et al., SC'11)
+// with the seed as key and (position, choice, 0, 0) as counter.
+double uniform(uint64_t seed, uint32_t choice, uint32_t position);
+
+} // namespace seraph

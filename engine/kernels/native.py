@@ -1,0 +1,135 @@
+"""The compiled Program: checked arrays in, one call into C++, chosen tokens out."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from engine.kernels.batch import Int32, SamplingArrays, StepBatch, Weights
+from engine.kernels.layout import Correction, PackedTensor
+from engine.kernels.validate import check_batch, check_copies, check_weights
+from engine.models.spec import DecoderSpec, RopeSpec
+
+
+@functools.cache
+def build(isa: str) -> ModuleType | None:
+    """The extension module compiled for `isa`, None where it is not installed. Import it only where it can run."""
+    try:
+        return importlib.import_module(f"engine.kernels._{isa}")
+    except ModuleNotFoundError:
+        return None
+
+
+class NativeProgram:
+    """The `Program` of one native build; see `engine.kernels.create_program`. One step at a time."""
+
+    def __init__(self, spec: DecoderSpec, weights: Weights, *, num_blocks: int, threads: int, isa: str) -> None:
+        check_weights(spec, weights)
+        if num_blocks < 1 or threads < 1:
+            raise ValueError(f"expected at least 1 block and 1 thread, got {num_blocks} and {threads}")
+        module = build(isa)
+        if module is None:
+            raise ValueError(f"the {isa} kernels are not installed")
+        self.spec = spec
+        self.num_blocks = num_blocks
+        self.threads = threads
+        self.isa = isa
+        self._sampling_type = module.Sampling
+        self._previous_rows = 0
+        layers = [f"layers.{i}." for i in range(spec.num_layers)]
+        vectors = [layer + name for layer in layers for name in ("attn_norm", "ffn_norm")] + ["final_norm"]
+        matrices = ["embed"] + [layer + name for layer in layers for name in ("qkv", "o", "gate_up", "down")]
+        if not spec.tie_embeddings:
+            matrices.append("head")
+        cos, sin = rope_tables(spec.rope, spec.max_position)
+        self._program: Any = module.Program(
+            shape=module.DecoderShape(
+                num_layers=spec.num_layers,
+                hidden=spec.hidden_size,
+                num_heads=spec.num_heads,
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                intermediate=spec.intermediate_size,
+                vocab=spec.vocab_size,
+                max_position=spec.max_position,
+                norm_eps=spec.norm_eps,
+            ),
+            vectors=[weights[name].data for name in vectors],
+            matrices=[native_matrix(weights[name]) for name in matrices],
+            tied=spec.tie_embeddings,
+            rope_cos=cos,
+            rope_sin=sin,
+            num_blocks=num_blocks,
+            threads=threads,
+        )
+
+    def step(self, batch: StepBatch) -> Int32:
+        """See `Program.step`."""
+        check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
+        num_rows = batch.logits_rows.size if batch.sampling is not None else 0
+        chosen = np.empty(num_rows, np.int32)
+        self._program.step(
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.seq_lens,
+            batch.block_tables,
+            batch.logits_rows,
+            batch.causal,
+            None if batch.sampling is None else self._native_sampling(batch.sampling),
+            batch.logits,
+            batch.hidden,
+            chosen,
+        )
+        self._previous_rows = num_rows
+        return chosen
+
+    def copy_blocks(self, pairs: Int32) -> None:
+        """See `Program.copy_blocks`."""
+        check_copies(pairs, self.num_blocks)
+        self._program.copy_blocks(pairs)
+
+    def close(self) -> None:
+        """See `Program.close`."""
+        self._program.close()
+
+    def _native_sampling(self, how: SamplingArrays) -> Any:
+        return self._sampling_type(
+            how.temperature,
+            how.top_k,
+            how.top_p,
+            how.min_p,
+            how.repetition_penalty,
+            how.presence_penalty,
+            how.frequency_penalty,
+            how.seed,
+            how.choice,
+            how.position,
+            how.history_starts,
+            how.history_output_starts,
+            how.history_tokens,
+            how.bias_starts,
+            how.bias_tokens,
+            how.bias_values,
+            how.mask_rows,
+            how.masks,
+            how.mask_ready,
+        )
+
+
+def native_matrix(tensor: PackedTensor) -> tuple[Any, int, int, int, bool]:
+    """A packed tensor as the extension modules take it: (data uint8, outputs, inputs, bits, has mins)."""
+    fmt = tensor.format
+    assert fmt is not None
+    return tensor.data, fmt.n, fmt.k, fmt.bits, fmt.correction is Correction.MIN
+
+
+def rope_tables(rope: RopeSpec, num_positions: int) -> tuple[Any, Any]:
+    """cos and sin of position * theta**(-2 i / dim), computed in float64; float32 [num_positions, dim / 2]."""
+    frequencies = rope.theta ** (-2.0 * np.arange(rope.dim // 2) / rope.dim)
+    angles = np.arange(num_positions)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
