@@ -11,6 +11,7 @@ This module is what the child runs, and it must start fast: nothing is imported 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -18,7 +19,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -62,7 +64,9 @@ class Core(Protocol):
     def stats(self) -> EngineStats: ...
     def capabilities(self) -> Capabilities: ...
     def check_integrity(self) -> None: ...
-    def close(self) -> None: ...
+
+
+BuildCore = Callable[[EngineConfig], AbstractContextManager[Core]]
 
 
 # --- What is said. Parent to child: Add, Abort, StatsRequest. Child to parent: the others. ---
@@ -295,16 +299,21 @@ _decode_named = msgspec.msgpack.Decoder(_NamedAdd).decode
 # --- The process ---
 
 
-def load_core(config: EngineConfig) -> Core:
-    """Map the packed model and build the core over it."""
+@contextlib.contextmanager
+def load_core(config: EngineConfig) -> Iterator[Core]:
+    """The core over its mapped model; both are closed at the end."""
     # Imported here, because the parent imports this module for its messages and needs neither kernels nor scheduler.
     from engine.core import EngineCore
     from engine.weights import load_model
 
-    return EngineCore(config, load_model(config.model, home=config.home))
+    with (
+        contextlib.closing(load_model(config.model, home=config.home)) as model,
+        contextlib.closing(EngineCore(config, model)) as core,
+    ):
+        yield core
 
 
-def main(argv: Sequence[str] | None = None, build: Callable[[EngineConfig], Core] = load_core) -> int:
+def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int:
     """The child's whole life; returns its exit status. `build` is the seam for a core of another kind.
 
     It ends at SIGTERM, and when standard input, whose other end the parent holds, reaches its end: a parent that is
@@ -323,22 +332,20 @@ def main(argv: Sequence[str] | None = None, build: Callable[[EngineConfig], Core
     context = zmq.Context[zmq.Socket[bytes]]()
     socket = make_socket(context)
     socket.bind(f"ipc://{options.socket}")
-    try:
-        core = build(decode_config(options.config))
-    except Exception as error:
-        if not isinstance(error, SeraphError):
-            logger.exception("the engine could not be built")
-        socket.send(encode(Failed(Fault.of(error))))
-        _wait(lifeline, FAILED_LINGER_MS)
-        context.destroy(linger=0)
-        return 1
-    try:
-        socket.send(encode(Ready(core.capabilities())))
+    with contextlib.ExitStack() as stack:
+        stack.callback(context.destroy, linger=0)
+        try:
+            core = stack.enter_context(build(decode_config(options.config)))
+            ready = Ready(core.capabilities())
+        except Exception as error:
+            if not isinstance(error, SeraphError):
+                logger.exception("the engine could not be built")
+            socket.send(encode(Failed(Fault.of(error))))
+            _wait(lifeline, FAILED_LINGER_MS)
+            return 1
+        socket.send(encode(ready))
         gc.freeze()  # what is loaded stays: later collections need not walk it
         run(core, socket, (lifeline, _terminate_fd()))
-    finally:
-        core.close()
-        context.destroy(linger=0)
     return 0
 
 

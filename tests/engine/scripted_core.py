@@ -6,6 +6,7 @@ contains one of the ids below makes the step that would produce its fourth token
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ KILL, RAISE, HANG = 2001, 2002, 2003
 AT_POSITION = 3
 STEP_SECONDS = 0.001
 VOCAB_SIZE = 3000
+CLOSED = "the core was closed"
+"""Written to standard error at the end of a clean exit."""
 
 # Models with these names end the start in their own ways.
 BAD_CONFIG, BAD_FILE, BUG, CRASH, SLOW = "bad-config", "bad-file", "bug", "crash", "slow"
@@ -49,7 +52,6 @@ class ScriptedCore:
         self.num_output: dict[str, int] = {}
         self.num_steps = 0
         self.num_checks = 0
-        self.closed = False
 
     @property
     def has_work(self) -> bool:
@@ -106,8 +108,8 @@ class ScriptedCore:
         self.num_checks += 1
 
     def close(self) -> None:
-        self.closed = True
+        print(CLOSED, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(build=ScriptedCore))
+    sys.exit(main(build=lambda config: contextlib.closing(ScriptedCore(config))))

@@ -363,13 +363,14 @@ def answers(process: Process) -> bool:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_sigterm_ends_it_cleanly(process: Process, busy: bool) -> None:
+def test_sigterm_ends_it_cleanly(capfd: pytest.CaptureFixture[str], process: Process, busy: bool) -> None:
     if busy:
         process.socket.send(encode(Add(request("a", [1], max_tokens=None))))
         receive(process.socket)
     assert answers(process)  # it is in its loop, where the signal is handled
     process.popen.send_signal(signal.SIGTERM)
     assert process.popen.wait(LIMIT_MS / 1000) == 0
+    assert scripted_core.CLOSED in capfd.readouterr().err
 
 
 def test_sigint_is_the_parents_business(process: Process) -> None:
@@ -378,13 +379,14 @@ def test_sigint_is_the_parents_business(process: Process) -> None:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_it_ends_when_its_lifeline_does(process: Process, busy: bool) -> None:
+def test_it_ends_when_its_lifeline_does(capfd: pytest.CaptureFixture[str], process: Process, busy: bool) -> None:
     if busy:
         process.socket.send(encode(Add(request("a", [1], max_tokens=None))))
         receive(process.socket)
     assert process.popen.stdin is not None
     process.popen.stdin.close()
     assert process.popen.wait(LIMIT_MS / 1000) == 0
+    assert scripted_core.CLOSED in capfd.readouterr().err
 
 
 def test_idle_it_sleeps(process: Process) -> None:
