@@ -188,7 +188,7 @@ def _check_ragged(
 def _check_range(name: str, values: NDArray[np.int32], low: int, high: int) -> None:
     """Every value in [low, high)."""
     # Shifted to start at 0 and read as uint32 (modulo 2**32), both ends are one comparison.
-    if not values.size or np.maximum.reduce((values - low).view(np.uint32)) < high - low:
+    if not values.size or np.maximum.reduce((values - low).view(np.uint32), axis=None) < high - low:
         return
     wrong = (values < low) | (values >= high)
     raise ValueError(f"{name}: expected values in [{low}, {high}), got {values[wrong][:5].tolist()}")
