@@ -125,6 +125,9 @@ class EngineCore:
             model=self.model_name,
             max_model_len=self.max_model_len,
             vocab_size=self.info.spec.vocab_size,
+            isa=self.program.isa,
+            threads=self.program.threads,
+            kv_cache_tokens=self.config.num_blocks * BLOCK_SIZE,
         )
 
     def check_integrity(self) -> None:

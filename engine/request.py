@@ -54,7 +54,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         need(self.min_tokens >= 0, "min_tokens", "at least 0")
         need(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", f"at most {self.max_tokens=}"
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"at most max_tokens ({self.max_tokens})",
         )
         need(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
         need(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
@@ -116,6 +118,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     vocab_size: int
     features: frozenset[str] = frozenset()  # of: grammar, prompt_logprobs, adapter, embed
+    isa: str = ""  # kernel build in use; empty where the engine has no such choice, as in the fields below
+    threads: int = 0
+    kv_cache_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
