@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import DEFAULT_MODEL, ISAS, EngineConfig, requested_isa
+from engine.config import DEFAULT_MODEL, ISAS, EngineConfig
 from engine.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -200,7 +200,7 @@ class Settings:
             kv_cache_tokens=self.kv_cache_tokens,
             enable_prefix_caching=self.prefix_caching,
             threads=self.threads,
-            isa=requested_isa() if self.isa == "auto" else self.isa,
+            isa=self.isa,
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from engine.errors import EngineDeadError
 from engine.request import Capabilities, EngineStats, FinishReason, Request, TokenDelta
@@ -69,7 +69,7 @@ class FakeEngine:
             await self.may_start.wait()
         self.alive = self.ready = True
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
         self.running.add(request.request_id)
         self.idle.clear()
