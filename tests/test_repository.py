@@ -268,8 +268,9 @@ def test_the_container_health_check_asks_the_server(status: int, healthy: bool) 
 
 @pytest.mark.full
 def test_the_wheel_holds_the_packages_and_no_sources(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
-    subprocess.run([*build, f"--config-settings=build-dir={tmp_path}/build", ROOT], check=True, timeout=600)
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation"]
+    where = [f"--wheel-dir={tmp_path}", f"--config-settings=build-dir={tmp_path}/build"]
+    subprocess.run([*pip_wheel, *where, str(ROOT)], check=True, timeout=600)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"engine", "server"}
