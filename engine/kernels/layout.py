@@ -7,8 +7,8 @@ another, so a strip is one sequential stream. Each (strip, group) cell holds, wi
     scales   float16 [64]
     mins     float16 [64], only with Correction.MIN
 
-A 64-byte row is 16 lanes of 4 bytes, one lane an output. 8-bit: row r holds inputs 4r to 4r + 3 of the group. 4-bit: row
-r holds inputs 8r to 8r + 3 in the low and 8r + 4 to 8r + 7 in the high nibbles. Quants are unsigned:
+A 64-byte row is 16 lanes of 4 bytes, one lane an output. 8-bit: row r holds inputs 4r to 4r + 3 of the group. 4-bit:
+row r holds inputs 8r to 8r + 3 in the low and 8r + 4 to 8r + 7 in the high nibbles. Quants are unsigned:
 
     weight = scale * (quant - zero_point)    Correction.ZERO_POINT, zero_point 8 (4-bit) or 128 (8-bit)
     weight = scale * quant + min             Correction.MIN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from types import ModuleType
@@ -38,7 +39,7 @@ class NativeProgram:
         self.num_blocks = num_blocks
         self.threads = threads
         self.isa = isa
-        self._sampling_type = module.Sampling
+        self._module = module
         self._previous_rows = 0
         layers = [f"layers.{i}." for i in range(spec.num_layers)]
         vectors = [layer + name for layer in layers for name in ("attn_norm", "ffn_norm")] + ["final_norm"]
@@ -80,7 +81,7 @@ class NativeProgram:
             batch.block_tables,
             batch.logits_rows,
             batch.causal,
-            None if batch.sampling is None else self._native_sampling(batch.sampling),
+            None if batch.sampling is None else native_sampling(self._module, batch.sampling),
             batch.logits,
             batch.hidden,
             chosen,
@@ -97,28 +98,10 @@ class NativeProgram:
         """See `Program.close`."""
         self._program.close()
 
-    def _native_sampling(self, how: SamplingArrays) -> Any:
-        return self._sampling_type(
-            how.temperature,
-            how.top_k,
-            how.top_p,
-            how.min_p,
-            how.repetition_penalty,
-            how.presence_penalty,
-            how.frequency_penalty,
-            how.seed,
-            how.choice,
-            how.position,
-            how.history_starts,
-            how.history_output_starts,
-            how.history_tokens,
-            how.bias_starts,
-            how.bias_tokens,
-            how.bias_values,
-            how.mask_rows,
-            how.masks,
-            how.mask_ready,
-        )
+
+def native_sampling(module: ModuleType, how: SamplingArrays) -> Any:
+    """Sampling arrays as a build's `step` and `sample` take them."""
+    return module.Sampling(*(getattr(how, field.name) for field in dataclasses.fields(SamplingArrays)))
 
 
 def native_matrix(tensor: PackedTensor) -> tuple[Any, int, int, int, bool]:

@@ -224,6 +224,20 @@ void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
     }
 }
 
+// One token for each row of logits float32 [rows, vocab].
+void sample(Floats logits, const PySampling& how, Array<int32_t> chosen) {
+    const int rows = static_cast<int>(chosen.size());
+    if (rows < 1 || logits.size() % chosen.size() != 0)
+        throw std::invalid_argument("sample: shapes do not fit");
+    const int vocab = static_cast<int>(logits.size() / chosen.size());
+    const Sampling sampling = how.view();
+    nb::gil_scoped_release release;
+    SamplerScratch scratch;
+    for (int r = 0; r < rows; ++r) {
+        chosen.data()[r] = sample_row(sampling, r, logits.data() + static_cast<int64_t>(r) * vocab, vocab, scratch);
+    }
+}
+
 // Seconds that a team of `threads` needs for `turns` projections of m rows, cycling through `copies` matrices that lie
 // one after another in `packed`.
 double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int threads) {
@@ -284,6 +298,7 @@ NB_MODULE(SERAPH_MODULE, m) {
         .def_prop_ro("num_previous", &Program::num_previous)
         .def("close", &Program::close);
     m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
+    m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"));
     m.def("time_matmul", &time_matmul, nb::arg("matrix"), nb::arg("copies"), nb::arg("m"), nb::arg("turns"),
           nb::arg("threads"));
     m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"),

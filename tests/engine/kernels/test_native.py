@@ -1,0 +1,399 @@
+"""Every native build against the numpy twin, and against itself: a row's bits depend on nothing but the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import ConfigError
+from engine.kernels import available_isas, create_program, select_isa
+from engine.kernels.batch import Float32, Int32, Program, SamplingArrays
+from engine.kernels.layout import Correction, PackedTensor
+from engine.kernels.native import build, native_matrix, native_sampling
+from engine.kernels.reference import QuantizedMatrix, ReferenceProgram
+from engine.kernels.reference_sampler import sample, uniform
+from engine.models.spec import DecoderSpec
+from tests.engine.kernels.steps import (
+    Piece,
+    logits_of,
+    make_batch,
+    random_matrix,
+    random_weights,
+    sequence_logits,
+    tiny_spec,
+)
+
+ISAS = available_isas()
+FORMATS = [(bits, correction) for bits in (4, 8) for correction in Correction]
+
+# Twelve query heads over one KV head fill one pass of the attention; 18 need two.
+SPECS = {
+    "grouped": tiny_spec(max_position=2048),
+    "one query head a KV head": tiny_spec(num_heads=4, num_kv_heads=4, head_dim=32, hidden_size=128, vocab_size=64),
+    "many heads share a KV head": tiny_spec(num_heads=18, num_kv_heads=1, head_dim=16, tie_embeddings=False),
+    "wide heads": tiny_spec(num_heads=2, num_kv_heads=1, head_dim=80, intermediate_size=32),
+}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def program(isa: str) -> Iterator[Program]:
+    made = make_program(SPECS["grouped"], isa)
+    yield made
+    made.close()
+
+
+def make_program(spec: DecoderSpec, isa: str, *, threads: int = 2, bits: int = 4, num_blocks: int = 80) -> Program:
+    return create_program(spec, random_weights(spec, bits=bits), num_blocks=num_blocks, threads=threads, isa=isa)
+
+
+def matmul(isa: str, tensor: PackedTensor, x: Float32, rows: int) -> Float32:
+    module = build(isa)
+    assert module is not None and tensor.format is not None
+    y = np.empty((len(x), tensor.format.n), np.float32)
+    module.matmul(native_matrix(tensor), x, rows, y)
+    return y
+
+
+def ids(count: int, spec: DecoderSpec, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, spec.vocab_size, count).tolist()
+
+
+def mean_cosine(a: Float32, b: Float32) -> float:
+    return float(np.mean(np.sum(a * b, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))))
+
+
+def test_this_machine_runs_a_native_build() -> None:
+    assert ISAS and ISAS[-1] == "portable"
+    assert select_isa("portable") == "portable"
+    with pytest.raises(ConfigError, match="neon"):
+        select_isa("neon")
+
+
+# Projections
+
+
+@pytest.mark.parametrize(("bits", "correction"), FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (31, 96), (33, 64), (65, 576), (200, 160)])
+def test_a_projection_is_the_twins(isa: str, n: int, k: int, bits: int, correction: Correction) -> None:
+    rng = np.random.default_rng(n)
+    tensor = random_matrix(rng, n, k, bits, correction)
+    x = rng.normal(size=(11, k)).astype(np.float32)
+    expected = QuantizedMatrix(tensor).project(x)
+    np.testing.assert_allclose(matmul(isa, tensor, x, 8), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("bits", "correction"), FORMATS)
+def test_a_row_alone_is_the_row_inside_any_number_of_rows(isa: str, bits: int, correction: Correction) -> None:
+    rng = np.random.default_rng(1)
+    tensor = random_matrix(rng, 130, 96, bits, correction)
+    x = rng.normal(size=(17, 96)).astype(np.float32)
+    alone = matmul(isa, tensor, x, 1)
+    for rows in range(2, 9):
+        np.testing.assert_array_equal(matmul(isa, tensor, x, rows), alone)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_quants_and_activations_do_not_saturate(isa: str, bits: int) -> None:
+    rng = np.random.default_rng(2)
+    tensor = random_matrix(rng, 64, 64, bits, Correction.MIN)
+    tensor.data.reshape(2, -1)[:, : 64 * 32 * bits // 8] = 0xFF
+    x = np.where(rng.random((4, 64)) < 0.9, 5.0, -5.0).astype(np.float32)
+    np.testing.assert_allclose(matmul(isa, tensor, x, 4), QuantizedMatrix(tensor).project(x), rtol=1e-5, atol=1e-3)
+
+
+def test_vector_builds_agree_to_the_bit() -> None:
+    """AVX2 and AVX-512 do the same operations in the same order; only the portable build has no fused ones."""
+    fused = [isa for isa in ISAS if isa != "portable"]
+    spec = SPECS["grouped"]
+    logits = [sequence_logits(make_program(spec, isa), spec, ids(70, spec)) for isa in fused]
+    for other in logits[1:]:
+        np.testing.assert_array_equal(other, logits[0])
+
+
+# The whole step
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_logits_are_the_twins(isa: str, name: str, bits: int) -> None:
+    spec = SPECS[name]
+    tokens = ids(75, spec)
+    weights = random_weights(spec, bits=bits)
+    native = create_program(spec, weights, num_blocks=4, threads=2, isa=isa)
+    expected = sequence_logits(ReferenceProgram(spec, weights, num_blocks=4), spec, tokens)
+    assert mean_cosine(sequence_logits(native, spec, tokens), expected) >= 0.9999
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("chunk", [1, 3, 32, 50])
+def test_chunks_give_the_bits_of_the_whole(isa: str, name: str, chunk: int) -> None:
+    spec = SPECS[name]
+    tokens = ids(101, spec)
+    whole = sequence_logits(make_program(spec, isa), spec, tokens)
+    np.testing.assert_array_equal(sequence_logits(make_program(spec, isa), spec, tokens, chunk), whole)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_long_contexts_split_over_threads_give_the_same_bits(isa: str, threads: int) -> None:
+    """Past 512 positions a lone token's context is split over the threads; a chunk's is not."""
+    spec = SPECS["grouped"]
+    tokens = ids(1100, spec)
+    whole = sequence_logits(make_program(spec, isa, threads=1), spec, tokens, chunk=400)
+    program = make_program(spec, isa, threads=threads)
+    blocks = range(35)
+    sequence_logits(program, spec, tokens[:1020], chunk=255)
+    for position in range(1020, 1030):
+        batch = make_batch([Piece([tokens[position]], position, blocks)], spec)
+        program.step(batch)
+        np.testing.assert_array_equal(logits_of(batch)[0], whole[position])
+
+
+def test_a_crowd_and_scattered_blocks_change_no_bit(isa: str, program: Program) -> None:
+    spec = SPECS["grouped"]
+    sequences = [ids(length, spec, seed) for seed, length in enumerate((1, 40, 7, 64, 33, 90, 2, 31, 5, 12))]
+    alone = [sequence_logits(make_program(spec, isa), spec, tokens) for tokens in sequences]
+    order = np.random.default_rng(3).permutation(80).tolist()
+    pieces = [Piece(tokens, 0, order[4 * i : 4 * i + 4]) for i, tokens in enumerate(sequences)]
+    batch = make_batch(pieces, spec)
+    program.step(batch)
+    np.testing.assert_array_equal(logits_of(batch), np.concatenate(alone))
+
+
+def test_what_a_block_held_before_does_not_matter(isa: str, program: Program) -> None:
+    spec = SPECS["grouped"]
+    sequence_logits(program, spec, ids(96, spec, 5))
+    again = sequence_logits(program, spec, ids(40, spec, 6), chunk=9)
+    np.testing.assert_array_equal(again, sequence_logits(make_program(spec, isa), spec, ids(40, spec, 6)))
+
+
+def test_a_copied_block_is_a_shared_prefix(isa: str, program: Program) -> None:
+    spec = SPECS["grouped"]
+    tokens = ids(50, spec)
+    expected = sequence_logits(program, spec, tokens)
+    program.copy_blocks(np.array([[0, 7]], np.int32))
+    batch = make_batch([Piece(tokens[32:], 32, [7, 9])], spec)
+    program.step(batch)
+    np.testing.assert_array_equal(logits_of(batch), expected[32:])
+
+
+def test_without_causality_every_token_sees_the_whole_request(isa: str, program: Program) -> None:
+    spec = SPECS["grouped"]
+    pieces = [Piece(ids(45, spec, 1), 0, [0, 1]), Piece(ids(20, spec, 2), 0, [2])]
+    expected, batch = make_batch(pieces, spec, causal=False), make_batch(pieces, spec, causal=False)
+    ReferenceProgram(spec, random_weights(spec), num_blocks=4).step(expected)
+    program.step(batch)
+    assert mean_cosine(logits_of(batch), logits_of(expected)) >= 0.9999
+
+
+def test_deferred_tokens_are_those_of_the_previous_step(isa: str, program: Program) -> None:
+    spec = SPECS["grouped"]
+    pieces = [Piece(ids(9, spec, 1), 0, [0]), Piece(ids(4, spec, 2), 0, [1])]
+    first = make_batch(pieces, spec, rows=[8, 12], sampling=greedy(2))
+    chosen = program.step(first)
+    np.testing.assert_array_equal(chosen, logits_of(first).argmax(axis=1))
+    deferred = make_batch([Piece([-2], 4, [1]), Piece([-1], 9, [0])], spec, sampling=greedy(2))
+    program.step(deferred)
+    named = make_batch([Piece([int(chosen[1])], 4, [1]), Piece([int(chosen[0])], 9, [0])], spec, sampling=greedy(2))
+    program.step(named)
+    np.testing.assert_array_equal(logits_of(deferred), logits_of(named))
+
+
+def test_hidden_states_are_the_twins(isa: str, program: Program) -> None:
+    spec = SPECS["grouped"]
+    expected, batch = (make_batch([Piece(ids(30, spec), 0, [3])], spec, rows=[3, 29]) for _ in range(2))
+    ReferenceProgram(spec, random_weights(spec), num_blocks=4).step(expected)
+    program.step(batch)
+    assert batch.hidden is not None and expected.hidden is not None
+    assert mean_cosine(batch.hidden, expected.hidden) >= 0.9999
+
+
+def test_more_threads_than_cores_neither_hang_nor_change_a_bit(isa: str) -> None:
+    spec = SPECS["grouped"]
+    tokens = ids(64, spec)
+    expected = sequence_logits(make_program(spec, isa, threads=1), spec, tokens, chunk=2)
+    crowd = make_program(spec, isa, threads=16)
+    for _ in range(3):
+        np.testing.assert_array_equal(sequence_logits(crowd, spec, tokens, chunk=2), expected)
+    crowd.close()
+
+
+def test_a_closed_program_computes_no_more(isa: str) -> None:
+    spec = SPECS["grouped"]
+    program = make_program(spec, isa)
+    program.close()
+    program.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        program.step(make_batch([Piece([1], 0, [0])], spec))
+
+
+def test_a_wrong_step_is_refused_before_anything_is_written(isa: str, program: Program) -> None:
+    spec = SPECS["grouped"]
+    batch = make_batch([Piece([spec.vocab_size], 0, [0])], spec)
+    with pytest.raises(ValueError, match="token_ids"):
+        program.step(batch)
+    assert np.isnan(logits_of(batch)).all()
+
+
+# The sampler
+
+
+def sampling(
+    rows: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    history: Sequence[Sequence[int]] | None = None,
+    output: Sequence[int] | None = None,
+    bias: dict[int, float] | None = None,
+    masks: np.ndarray | None = None,
+    seed: int = 7,
+) -> SamplingArrays:
+    """Rows that are alike but for their position and history; `output` counts each history's last tokens."""
+    histories = history or [[]] * rows
+    starts = np.cumsum([0, *map(len, histories)]).astype(np.int32)
+    bias = bias or {}
+
+    def floats(value: float) -> Float32:
+        return np.full(rows, value, np.float32)
+
+    def ints(value: int) -> Int32:
+        return np.full(rows, value, np.int32)
+
+    return SamplingArrays(
+        temperature=floats(temperature),
+        top_k=ints(top_k),
+        top_p=floats(top_p),
+        min_p=floats(min_p),
+        repetition_penalty=floats(penalties[0]),
+        presence_penalty=floats(penalties[1]),
+        frequency_penalty=floats(penalties[2]),
+        seed=np.full(rows, seed, np.uint64),
+        choice=ints(3),
+        position=np.arange(rows, dtype=np.int32),
+        history_starts=starts,
+        history_output_starts=starts[1:] - np.array(output or [0] * rows, np.int32),
+        history_tokens=np.array([token for one in histories for token in one], np.int32),
+        bias_starts=np.arange(rows + 1, dtype=np.int32) * len(bias),
+        bias_tokens=np.array(list(bias) * rows, np.int32),
+        bias_values=np.array(list(bias.values()) * rows, np.float32),
+        mask_rows=None if masks is None else ints(0),
+        masks=masks,
+    )
+
+
+def greedy(rows: int) -> SamplingArrays:
+    return sampling(rows, temperature=0.0)
+
+
+def native_sample(isa: str, logits: Float32, how: SamplingArrays) -> Int32:
+    module = build(isa)
+    assert module is not None
+    chosen = np.empty(len(logits), np.int32)
+    module.sample(logits, native_sampling(module, how), chosen)
+    return chosen
+
+
+@given(seed=st.integers(0, 2**64 - 1), choice=st.integers(0, 2**31 - 1), position=st.integers(0, 2**31 - 1))
+def test_the_generator_is_the_twins(seed: int, choice: int, position: int) -> None:
+    for isa in ISAS:
+        module = build(isa)
+        assert module is not None
+        assert module.uniform(seed, choice, position) == uniform(seed, choice, position)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    data=st.integers(0, 2**32 - 1),
+    vocab=st.sampled_from([1, 2, 15, 16, 17, 300, 1000]),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 30.0]),
+    temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 2, 5, 40, 5000]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.1, 1.0]),
+    penalized=st.booleans(),
+)
+def test_tokens_are_the_twins(
+    data: int, vocab: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float, penalized: bool
+) -> None:
+    rows = 24
+    rng = np.random.default_rng(data)
+    # Rounding to quarters makes ties, which go to the lower id.
+    logits = (np.round(rng.normal(size=(rows, vocab)) * spread * 4) / 4).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.05] = -np.inf
+    history = [rng.integers(0, vocab, 30).tolist() for _ in range(rows)] if penalized else None
+    how = sampling(
+        rows,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        penalties=(1.3, 0.5, 0.25) if penalized else (1.0, 0.0, 0.0),
+        history=history,
+        output=[int(n) for n in rng.integers(0, 31, rows)] if penalized else None,
+        bias={0: -1.5, vocab - 1: -np.inf} if penalized and vocab > 2 else None,
+        seed=data,
+    )
+    expected = sample(logits, how)
+    for isa in ISAS:
+        chosen = native_sample(isa, logits, how)
+        # A draw or a limit within rounding of a boundary may fall on either side of it; both sides are rare.
+        assert np.mean(chosen != expected) <= 1 / rows, (isa, chosen, expected)
+
+
+def test_a_mask_and_its_flag_decide_what_is_allowed(isa: str) -> None:
+    logits = np.random.default_rng(4).normal(size=(5, 70)).astype(np.float32)
+    allowed = [3, 31, 32, 69]
+    bits = np.zeros(96, np.uint8)
+    bits[allowed] = 1
+    masks = np.packbits(bits, bitorder="little").view(np.uint32).reshape(1, 3)
+    how = sampling(5, temperature=0.0, masks=masks)
+    expected = np.array(allowed)[logits[:, allowed].argmax(axis=1)]
+    np.testing.assert_array_equal(native_sample(isa, logits, how), expected)
+    np.testing.assert_array_equal(
+        native_sample(isa, logits, sampling(5, temperature=0.0, masks=np.zeros_like(masks))), -1
+    )
+
+
+def test_the_sampler_waits_for_a_mask(isa: str) -> None:
+    import threading
+
+    logits = np.zeros((1, 40), np.float32)
+    masks, ready = np.zeros((1, 2), np.uint32), np.zeros(1, np.int32)
+    how = sampling(1, temperature=0.0, masks=masks)
+    how.mask_ready = ready
+    chosen: list[int] = []
+    thread = threading.Thread(target=lambda: chosen.extend(native_sample(isa, logits, how).tolist()))
+    thread.start()
+    assert not chosen  # it cannot have chosen: the flag is down
+    masks[0, 1] = 1 << 5
+    ready[0] = 1
+    thread.join(timeout=30)
+    assert chosen == [37]
+
+
+def test_logits_that_are_not_finite_are_never_chosen(isa: str) -> None:
+    logits = np.array([[np.nan, np.inf, -np.inf, -3.0, -4.0], [np.nan, np.inf, -np.inf, -np.inf, np.nan]], np.float32)
+    np.testing.assert_array_equal(native_sample(isa, logits, greedy(2)), [3, -1])
+    assert set(native_sample(isa, logits, sampling(2)).tolist()) <= {3, 4, -1}
+
+
+def test_draws_follow_the_distribution(isa: str) -> None:
+    """20,000 draws of five tokens: each count within five standard deviations of its expectation."""
+    rows = 20_000
+    row = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03]))
+    logits = np.tile(row.astype(np.float32), (rows, 1))
+    counts = np.bincount(native_sample(isa, logits, sampling(rows)), minlength=5)
+    p = np.exp(row)
+    assert (np.abs(counts - rows * p) <= 5 * np.sqrt(rows * p * (1 - p))).all()
