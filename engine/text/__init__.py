@@ -1,0 +1,7 @@
+"""Text to token ids and back: tokenizer, chat template, incremental detokenizer."""
+
+from engine.text.chat_template import ChatTemplate, RenderedPrompt
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "Detokenizer", "RenderedPrompt", "Tokenizer"]
