@@ -336,6 +336,7 @@ class Process:
         self.popen = subprocess.Popen(
             [sys.executable, scripted_core.__file__, "--socket", f"{folder}/s", "--config", "{}"],
             stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert isinstance(receive(self.socket), Ready)
@@ -343,8 +344,9 @@ class Process:
     def close(self) -> None:
         self.popen.kill()
         self.popen.wait()
-        assert self.popen.stdin is not None
+        assert self.popen.stdin is not None and self.popen.stderr is not None
         self.popen.stdin.close()
+        self.popen.stderr.close()
         self._context.destroy(linger=0)
 
 
@@ -363,14 +365,15 @@ def answers(process: Process) -> bool:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_sigterm_ends_it_cleanly(capfd: pytest.CaptureFixture[str], process: Process, busy: bool) -> None:
+def test_sigterm_ends_it_cleanly(process: Process, busy: bool) -> None:
     if busy:
         process.socket.send(encode(Add(request("a", [1], max_tokens=None))))
         receive(process.socket)
     assert answers(process)  # it is in its loop, where the signal is handled
     process.popen.send_signal(signal.SIGTERM)
     assert process.popen.wait(LIMIT_MS / 1000) == 0
-    assert scripted_core.CLOSED in capfd.readouterr().err
+    assert process.popen.stderr is not None
+    assert scripted_core.CLOSED in process.popen.stderr.read().decode()
 
 
 def test_sigint_is_the_parents_business(process: Process) -> None:
@@ -379,14 +382,15 @@ def test_sigint_is_the_parents_business(process: Process) -> None:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_it_ends_when_its_lifeline_does(capfd: pytest.CaptureFixture[str], process: Process, busy: bool) -> None:
+def test_it_ends_when_its_lifeline_does(process: Process, busy: bool) -> None:
     if busy:
         process.socket.send(encode(Add(request("a", [1], max_tokens=None))))
         receive(process.socket)
     assert process.popen.stdin is not None
     process.popen.stdin.close()
     assert process.popen.wait(LIMIT_MS / 1000) == 0
-    assert scripted_core.CLOSED in capfd.readouterr().err
+    assert process.popen.stderr is not None
+    assert scripted_core.CLOSED in process.popen.stderr.read().decode()
 
 
 def test_idle_it_sleeps(process: Process) -> None:
