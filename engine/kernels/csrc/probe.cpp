@@ -78,17 +78,16 @@ double int8_rate(int threads) {
         GroupDot<4> dot[kChains];
         for (auto& chain : dot)
             chain.start(set1_i32(t));
-        I32 w = set1_i32(0x01020304), a = set1_i32(0x01ff01ff);
+        const I32 w = set1_i32(0x01020304);
+        I32 a = set1_i32(0x01ff01ff);
         for (int turn = 0; turn < kTurns; ++turn) {
-#if defined(__x86_64__) || defined(__aarch64__)
-            asm volatile("" : "+m"(w), "+m"(a)); // the operands may have changed, says this, so nothing is hoisted
-#endif
-            const I32 weights = w, activations = a;
 #pragma GCC unroll 8
             for (int i = 0; i < kPerTurn; ++i) {
 #pragma GCC unroll 8
-                for (int c = 0; c < kChains; ++c)
-                    dot[c].add(weights, activations);
+                for (int c = 0; c < kChains; ++c) {
+                    opaque(a);
+                    dot[c].add(w, a);
+                }
             }
         }
         I32 sum = set1_i32(0);

@@ -501,6 +501,17 @@ struct GroupDot {
 
 #endif
 
+// Hides a value's origin from the compiler, so that what is computed from it again is computed again.
+SERAPH_INLINE void opaque(I32& a) {
+#if defined(SERAPH_ISA_AVX512)
+    asm volatile("" : "+v"(a.v));
+#elif defined(SERAPH_ISA_AVX2)
+    asm volatile("" : "+x"(a.lo), "+x"(a.hi));
+#else
+    asm volatile("" : "+m"(a.v));
+#endif
+}
+
 // Four activation bytes to every lane.
 SERAPH_INLINE I32 broadcast_quad(const int8_t* p) {
     int32_t quad;
