@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,8 +28,6 @@ from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.settings import Settings, version
 
-logger = logging.getLogger("seraph.server")
-
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
@@ -38,23 +35,30 @@ BODIES: dict[str, type[BaseModel]] = {
 """Request bodies for the OpenAPI document: handlers read them themselves, bounded and strictly."""
 
 
-def create_app(settings: Settings, engine: Engine, text: Text, *, starting: Awaitable[None] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    text: Text,
+    *,
+    on_started: Callable[[SeraphError | None], None] = lambda error: None,
+) -> FastAPI:
     """The ASGI application.
 
-    Its lifespan starts the engine (or awaits `starting`, where the caller began already) beside serving, so that
-    health checks are answered meanwhile, and stops it at the end.
+    Its lifespan starts the engine beside serving, so that health checks are answered meanwhile, calls `on_started`
+    with what kept it from starting (None: nothing), and stops it at the end.
     """
     metrics = Metrics()
     gate = Gate(max_running=settings.max_num_seqs, max_waiting=settings.max_waiting, metrics=metrics)
     service = Service(settings=settings, engine=engine, text=text, metrics=metrics, gate=gate)
 
     async def start() -> None:
+        failure: SeraphError | None = None
         try:
-            await (engine.start() if starting is None else starting)
+            await engine.start()
         except SeraphError as error:
-            logger.error("the engine did not start: %s", error)
-        finally:
-            service.started = True
+            failure = error
+        service.started = True
+        on_started(failure)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

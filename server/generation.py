@@ -28,7 +28,7 @@ class TextStream(Protocol):
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found: nothing more will come."""
+        """A stop string was found: nothing more will come, and nothing more may be pushed."""
         ...
 
     def push(self, token_id: int) -> str:
@@ -36,14 +36,12 @@ class TextStream(Protocol):
         ...
 
     def flush(self) -> str:
-        """The text held back so far; the choice has ended."""
+        """The text held back so far; the tokens have ended. May find a stop string."""
         ...
 
 
 class Text(Protocol):
-    """The model's text side: conversations and texts to token ids and back."""
-
-    vocab_size: int
+    """What handlers need of a model's text side (`engine.text.ModelText`). Encoding may be called from any thread."""
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn. Raises RequestError where it cannot be."""
@@ -203,6 +201,7 @@ class Generation:
                 break
         if reason is not None and not stream.stopped:
             text += stream.flush()
+            reason = "stop" if stream.stopped else reason
         self._observe(choice, choice.num_tokens - num_before, reason)
         if text or reason is not None:
             piece = self._pending.get(choice.index)

@@ -203,6 +203,15 @@ class Settings:
             isa=self.isa,
         )
 
+    def chat_template_source(self) -> str | None:
+        """The operator's chat template, None where the model's is wanted. Raises ConfigError."""
+        if self.chat_template is None:
+            return None
+        try:
+            return self.chat_template.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {self.chat_template} cannot be read: {error}.") from None
+
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names the API knows the model by: `served_model_name`, else the last part of the source."""

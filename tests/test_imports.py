@@ -44,6 +44,8 @@ ROOMS = {
         "middleware",
         "app",
         "protocol",
+        "serving",
+        "terminal",
         "cli",
     ),
 }

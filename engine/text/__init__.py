@@ -2,6 +2,7 @@
 
 from engine.text.chat_template import ChatTemplate, RenderedPrompt
 from engine.text.detokenizer import Detokenizer
+from engine.text.model_text import ModelText
 from engine.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Detokenizer", "RenderedPrompt", "Tokenizer"]
+__all__ = ["ChatTemplate", "Detokenizer", "ModelText", "RenderedPrompt", "Tokenizer"]

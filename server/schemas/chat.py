@@ -67,7 +67,9 @@ class Message(Body):
         texts = [part.as_text(f"{where}.content.{i}") for i, part in enumerate(self.content or ())]
         if self.content is None and self.refusal is not None:
             texts = [self.refusal]
-        message = {"role": self.role, "content": "\n".join(texts)}
+        # Developer is the newer name of the role that models were trained to know as system.
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": "\n".join(texts)}
         if self.name is not None:
             message["name"] = self.name
         reasoning = self.reasoning_content if self.reasoning_content is not None else self.reasoning

@@ -134,8 +134,6 @@ class FakeStream:
 class FakeText:
     """One token per ASCII character."""
 
-    vocab_size = VOCAB_SIZE
-
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return [BOS] + [ord(c) % VOCAB_SIZE for message in messages for c in message["content"]]
 

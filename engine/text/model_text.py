@@ -1,0 +1,68 @@
+"""A model's text side in one object: what the server and offline use need of tokenizer, template and detokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from engine.errors import RequestError
+from engine.models.spec import ModelInfo
+from engine.text.chat_template import ChatTemplate
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+
+class ModelText:
+    """Conversations and texts to token ids, and token ids back to text.
+
+    Encoding takes microseconds per character with the GIL released for most of it: long texts belong in a thread.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        """Raises UnsupportedModelError for a tokenizer whose tokens cannot be made text one by one."""
+        self.tokenizer = tokenizer
+        self.template = template
+        self.num_pieces = len(tokenizer.pieces)  # made now, and not at the first answer
+
+    @classmethod
+    def from_info(cls, info: ModelInfo, *, chat_template: str | None = None) -> Self:
+        """The text side of a loaded checkpoint; `chat_template` is the operator's, instead of the model's.
+
+        Raises FormatError for a template or tokenizer that is malformed.
+        """
+        tokenizer = Tokenizer.from_info(info)
+        source = info.chat_template if chat_template is None else chat_template
+        template = None
+        if source is not None:
+            template = ChatTemplate(
+                source,
+                bos_token=None if info.bos_token_id is None else tokenizer.id_to_piece(info.bos_token_id),
+                eos_token=tokenizer.id_to_piece(info.eos_token_ids[0]) if info.eos_token_ids else None,
+                special_tokens=tokenizer.special_tokens,
+            )
+        return cls(tokenizer, template)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of a conversation; `variables` as in ChatTemplate.render.
+
+        Raises RequestError, also for a model without a template.
+        """
+        if self.template is None:
+            raise RequestError(
+                "This model has no chat template: use completions, or give the server a template.",
+                param="messages",
+                code="no_chat_template",
+            )
+        return self.tokenizer.encode_rendered(self.template.render(messages, **variables))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a plain text, after one BOS where the model wants one and `add_special_tokens`."""
+        return self.tokenizer.encode_text(text, add_bos=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.tokenizer.decode(token_ids)
+
+    def stream(self, stop: Sequence[str] = (), min_tokens: int = 0) -> Detokenizer:
+        """A detokenizer for one choice."""
+        return Detokenizer(self.tokenizer, stop=stop, min_tokens=min_tokens)

@@ -1,0 +1,227 @@
+"""`seraph serve`: from settings to a listening server, and from a signal to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from engine.backends.native import NativeEngine
+from engine.errors import ConfigError, SeraphError
+from engine.request import Capabilities
+from engine.weights import PackedModel, load_model
+from server.settings import Settings, is_loopback, unknown_environment, version
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from engine.weights.progress_bar import RichProgress
+
+logger = logging.getLogger("seraph.server")
+
+BACKLOG = 2048
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Bars:
+    """Progress bars that import their library when there is something to draw: a warm start has nothing."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._bars: RichProgress | None = None
+
+    def start(self, label: str, total_bytes: int | None) -> None:
+        if self._bars is None:
+            from engine.weights.progress_bar import RichProgress
+
+            self._bars = RichProgress(self._console)
+        self._bars.start(label, total_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        if self._bars is not None:
+            self._bars.advance(num_bytes)
+
+    def done(self) -> None:
+        if self._bars is not None:
+            self._bars.done()
+
+    def close(self) -> None:
+        """Restore the terminal."""
+        if self._bars is not None:
+            self._bars.__exit__(None, None, None)
+
+
+def fetch(model: str) -> PackedModel:
+    """Map a model, after fetching and packing it, with progress bars, where that has not happened yet."""
+    with contextlib.closing(Bars()) as bars:
+        return load_model(model, progress=bars)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal ends it; returns the exit status. Raises SeraphError for what keeps it from serving.
+
+    The order makes the start short: the port is taken before anything slow, the engine process maps its model while
+    this one imports the web framework and reads the tokenizer.
+    """
+    signal.signal(signal.SIGTERM, _terminate)  # until the server takes over: as process 1 nothing would end us
+    _configure_logging(settings.log_level)
+    for name in unknown_environment():
+        logger.warning("%s is set in the environment and means nothing to Seraph", name)
+    config = settings.engine_config()
+    listener = bind(settings.host, settings.port)
+    with listener:
+        model = fetch(settings.model)
+        engine = NativeEngine(config)
+        engine.launch()
+        try:
+            return _run(settings, engine, model, listener)
+        finally:
+            engine.kill()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to an address, not yet listening. Raises ConfigError where the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"--host {host!r} is no address of this machine: {error}.") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _unavailable(host, port, error) from None
+    return listener
+
+
+def _unavailable(host: str, port: int, error: OSError) -> ConfigError:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return ConfigError(f"Port {port} on {host} is in use. Stop what listens there, or choose another --port.")
+        case errno.EACCES:
+            return ConfigError(f"Port {port} needs more rights than this user has. Choose a --port of 1024 or above.")
+        case errno.EADDRNOTAVAIL:
+            return ConfigError(f"--host {host} is no address of this machine.")
+        case _:
+            return ConfigError(f"Cannot listen on {host} port {port}: {error.strerror}.")
+
+
+def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener: socket.socket) -> int:
+    """Everything from the engine's launch to its end."""
+    # Imported here, while the engine process is busy with its own start.
+    import uvicorn
+    import uvloop
+
+    from engine.text import ModelText
+    from server.app import create_app
+    from server.protocol import BoundedProtocol
+    from server.routes.service import Service
+
+    text = ModelText.from_info(model.info, chat_template=settings.chat_template_source())
+    model.close()  # its weights are the engine process's
+    failure: SeraphError | None = None
+
+    class Protocol(BoundedProtocol):
+        head_timeout = settings.body_timeout
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """As uvicorn's own, but a signal that was obeyed is not raised again: the exit status is ours to choose."""
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.end)
+            try:
+                yield
+            finally:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.remove_signal_handler(number)
+
+        def end(self) -> None:
+            """Drain and exit; asked twice, exit at once."""
+            service.draining = True
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+    def on_started(error: SeraphError | None) -> None:
+        nonlocal failure
+        failure = error
+        if error is None:
+            gc.freeze()  # what is loaded stays: later collections need not walk it
+            print(_banner(settings, engine.capabilities(), listener.getsockname()[1]), flush=True)
+        else:
+            web.should_exit = True
+
+    app = create_app(settings, engine, text, on_started=on_started)
+    service: Service = app.state.service
+    web = Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
+        )
+    )
+
+    async def main() -> None:
+        try:
+            await web.serve(sockets=[listener])
+        finally:
+            await engine.stop(drain=0.0)  # uvicorn leaves the lifespan's end out where it was told to hurry
+
+    try:
+        listener.listen(BACKLOG)  # before the address is printed, so that nobody who reads it is refused
+    except OSError as error:
+        raise _unavailable(settings.host, settings.port, error) from None
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def _banner(settings: Settings, known: Capabilities, port: int) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    reachable = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else host
+    rows = {
+        "model": ", ".join(settings.model_names),
+        "kernels": f"{known.isa}, {known.threads} thread{'s' if known.threads != 1 else ''}",
+        "context": f"{known.max_model_len} tokens",
+        "KV cache": f"{known.kv_cache_tokens} tokens",
+        "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
+        "listening": f"http://{host}:{port}",
+    }
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": settings.model_names[0], "messages": [question]})
+    key = ' -H "authorization: Bearer $SERAPH_API_KEY"' if settings.api_key else ""
+    table = "\n".join(f"  {name:<10} {value}" for name, value in rows.items())
+    curl = f"curl http://{reachable}:{port}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'"
+    return f"Seraph {version()}\n\n{table}\n\nTry it:\n\n  {curl}\n"
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    if level != "debug":
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are told by our own messages
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(TERMINATED)
