@@ -1,4 +1,4 @@
-"""A program whose answer is a hash of everything a request's tokens may depend on, and the same hash from first principles.
+"""A program whose answer is a hash of all that a request's tokens may depend on, and that hash from first principles.
 
 Its KV memory holds the token ids themselves. A wrong block, position, history, bias or sampling parameter therefore
 changes the tokens, and a test sees it by comparing with `expected_output`.

@@ -1,4 +1,4 @@
-"""The scheduler's rules one by one. A "program" here is a rule for the next token; `test_machine.py` mixes everything."""
+"""The scheduler's rules one by one. A "program" here is a rule for the next token; `test_machine.py` mixes them all."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def step(scheduler: Scheduler, token: Callable[[Sequence], int] = lambda seq: 7)
 
 
 def finish(scheduler: Scheduler, token: Callable[[Sequence], int] = lambda seq: 7) -> list[TokenDelta]:
-    deltas = []
+    deltas: list[TokenDelta] = []
     for _ in range(10_000):
         if not scheduler.has_work:
             assert scheduler.pool.num_free == scheduler.pool.num_blocks
@@ -307,6 +307,23 @@ def test_a_stalled_prefill_waits_and_nobody_is_admitted_past_it() -> None:
     assert len(tokens_of(deltas, "a")) == 130
 
 
+def test_a_sequence_preempted_within_a_plan_leaves_the_plan() -> None:
+    scheduler = make_scheduler(num_blocks=5, max_model_len=160, budget=2, max_num_seqs=2, caching=False)
+    scheduler.add(make_request("low", prompt(30, first=1), sampling=forever(100), priority=1))
+    deltas: list[TokenDelta] = []
+    while not scheduler.num_output_tokens:
+        deltas += step(scheduler)[1]
+    scheduler.add(make_request("high", prompt(96, first=2), sampling=forever(1)))
+    while not scheduler.num_preemptions:
+        plan, more = step(scheduler)
+        deltas += more
+    # `low` had one token planned when `high` came to need a third block for its prompt.
+    assert shape(plan) == [("high", 64, 1, False)]
+    assert plan.num_tokens == 1
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+    assert len(tokens_of(deltas + finish(scheduler), "low")) == 100
+
+
 def test_admission_leaves_running_requests_their_next_block() -> None:
     scheduler = make_scheduler(num_blocks=3, max_model_len=96)
     scheduler.add(make_request("a", prompt(32, first=1), sampling=forever()))
@@ -386,9 +403,7 @@ def test_siblings_go_when_choice_0_ends_before(how: str) -> None:
     for name, index in siblings(2):
         deadline = 1.0 if how == "deadline" and index == 0 else None
         scheduler.add(
-            make_request(
-                name, prompt(100), sampling=forever(2), choice_index=index, group_id="g", deadline=deadline
-            )
+            make_request(name, prompt(100), sampling=forever(2), choice_index=index, group_id="g", deadline=deadline)
         )
     step(scheduler)
     now[0] = 2.0

@@ -1,0 +1,346 @@
+"""Offline use, without a server or another process:
+
+with LLM() as llm:
+    for completion in llm.chat([{"role": "user", "content": "What is the capital of France?"}]):
+        print(completion.text)
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
+
+from engine.config import DEFAULT_MODEL, EngineConfig
+from engine.core import EngineCore
+from engine.errors import EngineError, RequestError
+from engine.request import FinishReason, Request, SamplingParams, TokenDelta
+from engine.text import Detokenizer, ModelText
+from engine.weights import load_model
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+Prompt: TypeAlias = "str | Sequence[int]"
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+Sampling: TypeAlias = "SamplingParams | Sequence[SamplingParams]"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one prompt."""
+
+    text: str  # without the stop string, the stop token and other special tokens
+    token_ids: list[int]  # everything the model chose, the stop token included
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
+
+
+class LLM:
+    """A model in this process. Use it from one thread; close it, or use it as a context manager.
+
+    `model` is an alias or a source as `seraph serve` takes it; `config` are fields of EngineConfig. A prompt is text,
+    which gets the model's BOS, or token ids, which are taken as they are. Raises ConfigError or ModelError for what
+    cannot be loaded, RequestError for a prompt or parameter that cannot be used, EngineError if a kernel fails.
+
+    Ctrl-C stops a call after the step under way and leaves none of its requests behind; the LLM stays usable.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, *, progress: bool = True, **config: Any) -> None:
+        self.config = EngineConfig(model=model, **config)
+        with _loading_bars(progress) as bars:
+            self._model = load_model(self.config.model, home=self.config.home, progress=bars)
+        self.name = self._model.name
+        self.text = ModelText.from_info(self._model.info)
+        self._core: EngineCore | None = EngineCore(self.config, self._model)
+        self._serial = itertools.count()
+        self._live: dict[str, _Stream] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Continue one prompt or many, as one batch; one completion a prompt, in order.
+
+        `sampling` is one SamplingParams for all prompts or one for each. `seed` makes the draws: prompt i uses
+        seed + i, so a call repeated gives the same tokens.
+        """
+        return self._complete([self._encode(prompt) for prompt in _as_prompts(prompts)], sampling, seed, progress)
+
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        sampling: Sampling | None = None,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """The next assistant message of one conversation or many; otherwise as `generate`.
+
+        A conversation is a list of {"role": ..., "content": ...} messages, rendered by the model's own chat template.
+        """
+        prompts = [self.text.encode_chat(conversation) for conversation in _as_conversations(conversations)]
+        return self._complete(prompts, sampling, seed, progress)
+
+    def stream(
+        self, prompt: Prompt | Conversation, sampling: SamplingParams | None = None, *, seed: int = 0
+    ) -> Iterator[str]:
+        """The text of one answer, piece by piece as it becomes certain. Closing the iterator aborts the request."""
+        if _is_conversation(prompt):
+            token_ids = self.text.encode_chat(prompt)
+        else:
+            token_ids = self._encode(cast("Prompt", prompt))
+        (stream,) = self._start([token_ids], [sampling or SamplingParams()], seed)
+        return self._pieces(stream)
+
+    def close(self) -> None:
+        """Free the KV memory, the threads and the weights. Idempotent."""
+        core, self._core = self._core, None
+        if core is not None:
+            self._live.clear()
+            core.close()
+            self._model.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    # Running
+
+    def _complete(
+        self, prompts: list[list[int]], sampling: Sampling | None, seed: int, progress: bool
+    ) -> list[Completion]:
+        streams = self._start(prompts, _one_for_each(sampling, len(prompts)), seed)
+        try:
+            with _Bar(len(streams)) if progress and streams else nullcontext() as bar:
+                num_tokens, waiting = 0, streams
+                while waiting:
+                    num_tokens += self._step()
+                    waiting = [stream for stream in waiting if stream.finish_reason is None]
+                    if bar is not None:
+                        bar.update(len(streams) - len(waiting), num_tokens)
+            return [stream.completion() for stream in streams]
+        finally:
+            self._abort(streams)
+
+    def _pieces(self, stream: _Stream) -> Iterator[str]:
+        try:
+            while True:
+                while stream.finish_reason is None and not stream.pieces:
+                    self._step()
+                # Another call's steps may have brought pieces, and the end, while this iterator was not asked.
+                text = "".join(stream.pieces)
+                stream.pieces.clear()
+                if text:
+                    yield text
+                elif stream.finish_reason is not None:
+                    stream.check()
+                    return
+        finally:
+            self._abort([stream])
+
+    def _start(self, prompts: list[list[int]], sampling: Sequence[SamplingParams], seed: int) -> list[_Stream]:
+        """Add a request for each prompt, all or none."""
+        core = self._open_core()
+        streams: list[_Stream] = []
+        try:
+            for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+                request = Request(
+                    request_id=f"llm-{next(self._serial)}",
+                    model=self.name,
+                    prompt_token_ids=prompt,
+                    sampling=params,
+                    seed=(seed + index) % 2**64,
+                )
+                stream = _Stream(request, self.text.stream(_stop_strings(params), params.min_tokens))
+                streams.append(stream)
+                with _interrupts_deferred():
+                    core.add(request)
+                    self._live[request.request_id] = stream
+        except BaseException:
+            self._abort(streams)
+            raise
+        return streams
+
+    def _step(self) -> int:
+        """One step for everybody; returns the number of tokens it brought."""
+        core, num_tokens = self._open_core(), 0
+        with _interrupts_deferred():
+            for delta in core.step():
+                stream = self._live[delta.request_id]
+                num_tokens += stream.receive(delta)
+                if stream.finish_reason is not None:
+                    del self._live[delta.request_id]
+                    core.abort(delta.request_id)  # a stop string: the engine would go on
+        return num_tokens
+
+    def _abort(self, streams: list[_Stream]) -> None:
+        with _interrupts_deferred():
+            for stream in streams:
+                if self._live.pop(stream.request.request_id, None) is not None and self._core is not None:
+                    self._core.abort(stream.request.request_id)
+
+    def _open_core(self) -> EngineCore:
+        if self._core is None:
+            raise EngineError("This LLM is closed.")
+        return self._core
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One request's way from tokens to text."""
+
+    request: Request
+    detokenizer: Detokenizer
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+    def receive(self, delta: TokenDelta) -> int:
+        """Take a delta; returns how many of its tokens count."""
+        self.num_cached_tokens, self.error = delta.num_cached_tokens, delta.error
+        before = len(self.token_ids)
+        for token in delta.token_ids:
+            self.token_ids.append(token)
+            if delta.stop_token_id is None or token is not delta.token_ids[-1]:
+                self._gain(self.detokenizer.push(token))
+                if self.detokenizer.stopped:
+                    self.finish_reason = FinishReason.STOP
+                    return len(self.token_ids) - before
+        if delta.finish_reason is not None:
+            self._gain(self.detokenizer.flush())
+            self.finish_reason = FinishReason.STOP if self.detokenizer.stopped else delta.finish_reason
+        return len(self.token_ids) - before
+
+    def completion(self) -> Completion:
+        """The whole. Raises EngineError if the engine failed the request."""
+        self.check()
+        assert self.finish_reason is not None
+        return Completion(
+            text="".join(self.pieces),
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+    def check(self) -> None:
+        if self.finish_reason is FinishReason.ERROR:
+            raise EngineError(self.error or "The engine failed the request.")
+
+    def _gain(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+
+
+class _Bar:
+    """Requests done and tokens a second, on standard error."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bar: Progress = Progress(
+            TextColumn("generating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[tokens]} tokens"),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID = self._bar.add_task("", total=total, tokens=0)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, num_tokens: int) -> None:
+        self._bar.update(self._task, completed=done, tokens=num_tokens)
+
+
+@contextmanager
+def _loading_bars(progress: bool) -> Iterator[Any]:
+    """What load_model reports to: bars, or None."""
+    if not progress:
+        yield None
+        return
+    from engine.weights.progress_bar import RichProgress
+
+    with RichProgress() as bars:
+        yield bars
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C wait until the engine's books are in order again: at most one step.
+
+    Signals reach the main thread only, and only it can set handlers, so elsewhere there is nothing to do.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            before(*caught[0])
+
+
+def _stop_strings(params: SamplingParams) -> tuple[str, ...]:
+    if not all(params.stop):
+        raise RequestError("stop strings must not be empty.", param="stop")
+    return params.stop
+
+
+def _one_for_each(sampling: Sampling | None, count: int) -> Sequence[SamplingParams]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * count
+    if len(sampling) != count:
+        raise RequestError(
+            f"sampling must be one or one for each of {count} prompts, got {len(sampling)}.", param="sampling"
+        )
+    return sampling
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast("Prompt", prompts)]
+    many = list(cast("Sequence[Prompt]", prompts))
+    for index, prompt in enumerate(many):
+        if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
+            raise RequestError(f"prompt {index} must be a string or a list of token ids.", param="prompt")
+    return many
+
+
+def _is_conversation(value: object) -> TypeGuard[Conversation]:
+    return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _as_conversations(conversations: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    if _is_conversation(conversations):
+        return [conversations]
+    return list(cast("Sequence[Conversation]", conversations))

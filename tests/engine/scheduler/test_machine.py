@@ -1,0 +1,205 @@
+"""Scheduler and runner under random traffic, over a program whose KV memory shows every mistake."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.config import BLOCK_SIZE
+from engine.request import FinishReason, Request, SamplingParams, TokenDelta
+from engine.scheduler.plan import Plan
+from engine.scheduler.scheduler import Scheduler
+from engine.worker.runner import Runner
+from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request
+
+tokens = st.integers(0, VOCAB - 1)
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(4, 90),
+    min_tokens=st.integers(0, 4),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_p=st.sampled_from([0.9, 1.0]),
+    top_k=st.sampled_from([0, 5]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, -0.5]),
+    logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, 1.5]), max_size=2),
+    stop_token_ids=st.sets(tokens, max_size=1).map(tuple),
+    ignore_eos=st.booleans(),
+)
+# A few common beginnings, so that prefixes are shared.
+prompts = st.builds(
+    lambda first, shared, rest: [first] * shared + rest,
+    tokens.map(lambda token: token % 3),
+    st.sampled_from([0, 31, 32, 33, 64, 100]),
+    st.lists(tokens, min_size=1, max_size=60) | tokens.map(lambda token: [token % 3] * 32),
+)
+
+
+class Traffic(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(MAX_LEN // BLOCK_SIZE, 24),
+        max_num_seqs=st.integers(1, 6),
+        extra_budget=st.sampled_from([0, 10, 58, 250]),
+        caching=st.booleans(),
+    )
+    def start(self, num_blocks: int, max_num_seqs: int, extra_budget: int, caching: bool) -> None:
+        self.now = 0.0
+        self.budget = max_num_seqs + extra_budget
+        self.program = FakeProgram(num_blocks=num_blocks)
+        self.scheduler = Scheduler(
+            num_blocks=num_blocks,
+            max_model_len=MAX_LEN,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            enable_prefix_caching=caching,
+            eos_token_ids=EOS,
+            clock=lambda: self.now,
+        )
+        self.runner = Runner(
+            self.program, max_num_seqs=max_num_seqs, max_num_batched_tokens=self.budget, max_model_len=MAX_LEN
+        )
+        self.plan: Plan | None = None
+        self.expected: dict[str, list[int]] = {}  # of live requests
+        self.received: dict[str, list[int]] = {}
+        self.count = 0
+
+    @rule(
+        prompt=prompts,
+        sampling=samplings,
+        priority=st.integers(0, 2),
+        lifetime=st.none() | st.integers(1, 60),
+        num_choices=st.integers(1, 3),
+        num_resumed=st.sampled_from([0, 0, 0, 1, 40]),
+        tenant=st.sampled_from(["", "t"]),
+    )
+    def add(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        priority: int,
+        lifetime: int | None,
+        num_choices: int,
+        num_resumed: int,
+        tenant: str,
+    ) -> None:
+        group = f"g{self.count}"
+        for choice in range(num_choices):
+            request = make_request(
+                f"r{self.count}",
+                prompt,
+                sampling=sampling,
+                seed=self.count % 2,
+                choice_index=choice,
+                group_id=group if num_choices > 1 else "",
+                priority=priority,
+                deadline=None if lifetime is None else self.now + lifetime,
+                tenant=tenant,
+            )
+            self.count += 1
+            self._add(request, num_resumed)
+
+    def _add(self, request: Request, num_resumed: int) -> None:
+        whole = expected_output(request)
+        resumed = msgspec.structs.replace(request, output_token_ids=whole[:num_resumed])
+        self.scheduler.add(resumed)
+        self.expected[request.request_id] = whole
+        self.received[request.request_id] = whole[:num_resumed]
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.expected)))
+        self.scheduler.abort(request_id)
+        del self.expected[request_id]
+
+    @rule()
+    def abort_unknown(self) -> None:
+        assert not self.scheduler.abort("nobody")
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def schedule(self) -> None:
+        self.now += 1.0
+        plan = self.scheduler.schedule()
+        self._receive(plan.ended)
+        if not plan.items:
+            assert not self.scheduler.has_work, "work, but nothing is scheduled"
+            return
+        assert plan.num_tokens == sum(item.num_tokens for item in plan.items) <= self.budget
+        assert len({item.seq.slot for item in plan.items}) == len(plan.items)
+        assert all(item.num_tokens > 0 for item in plan.items)
+        self.plan = plan
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def update(self) -> None:
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        self._receive(self.scheduler.update(plan, self.runner.run(plan)))
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def drop(self) -> None:
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        self.scheduler.drop(plan)
+
+    @precondition(lambda self: self.plan is not None and len(self.plan.items) < 3)
+    @rule()
+    def fail(self) -> None:
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        self._receive(self.scheduler.fail(plan, "failed on purpose"))
+
+    @precondition(lambda self: self.plan is None)
+    @rule(count=st.integers(1, 40))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.schedule()
+            if self.plan is None:
+                return
+            self.books_balance()
+            self.update()
+
+    def _receive(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            whole, so_far = self.expected[delta.request_id], self.received[delta.request_id]
+            assert delta.position == len(so_far)
+            so_far += delta.token_ids
+            assert so_far == whole[: len(so_far)], f"{delta.request_id} got tokens that are not its own"
+            if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert so_far == whole
+                assert (delta.stop_token_id is not None) == (delta.finish_reason is FinishReason.STOP)
+            if delta.finish_reason is not None:
+                del self.expected[delta.request_id]
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.scheduler.num_running + self.scheduler.num_waiting <= len(self.expected)
+        for item in [] if self.plan is None else self.plan.items:
+            assert len(item.seq.blocks) <= -(-len(item.seq.tokens) // BLOCK_SIZE)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        if self.plan is not None:
+            self.update()
+        for _ in range(20_000):
+            if not self.scheduler.has_work:
+                break
+            self.schedule()
+            if self.plan is not None:
+                self.update()
+        assert not self.expected, f"never ended: {sorted(self.expected)}"
+        self.scheduler.check_integrity()
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks, "blocks leaked"
+        assert not self.scheduler._leaders, "groups leaked"
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
