@@ -279,7 +279,6 @@ class Scheduler:
         self._stop_running(seq)
         self._free(seq)
         seq.num_computed = 0
-        seq.num_registered = 0
         seq.status = Status.WAITING
         self._queue.push(seq)
 
@@ -396,6 +395,8 @@ class Scheduler:
         for seq in self._live.values():
             places = (seq in self._running) + (seq.request.request_id in self._queue) + (seq.leader is not None)
             assert places == 1, f"{seq.request.request_id} ({seq.status.value}) is in {places} places"
+            idle = not seq.blocks and not seq.num_computed and seq.slot < 0
+            assert seq.status is Status.RUNNING or idle, f"{seq.request.request_id} waits, but still holds something"
         assert len(self._live) == len(self._running) + len(self._queue) + held_back
         for group, leader in self._leaders.items():
             assert leader.request.request_id in self._live, f"group {group} waits for a request that ended"

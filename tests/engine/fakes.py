@@ -82,8 +82,10 @@ class FakeProgram:
         b0, b1 = s.bias_starts[row : row + 2].tolist()
         bias = dict(zip(s.bias_tokens[b0:b1].tolist(), s.bias_values[b0:b1].tolist(), strict=True))
         assert len(bias) == b1 - b0, "a token is biased twice"
-        numbers = (s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
-        numbers += (s.presence_penalty, s.frequency_penalty, s.seed, s.choice, s.position)
+        numbers = (
+            *(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty),
+            *(s.presence_penalty, s.frequency_penalty, s.seed, s.choice, s.position),
+        )
         return _choose(
             context,
             [array[row].item() for array in numbers],
