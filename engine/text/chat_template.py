@@ -118,12 +118,13 @@ class ChatTemplate:
 
     def _prepare(self, message: Message, index: int) -> dict[str, Any]:
         role = message.get("role")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise RequestError(
                 f"messages.{index}.role must be one of {', '.join(sorted(ROLES))}, got {str(role)[:64]!r}.",
                 param=f"messages.{index}.role",
             )
-        prepared = dict(message)
+        # Templates handle a missing key, and many print "None"; transformers leaves such keys out, too.
+        prepared = {key: value for key, value in message.items() if value is not None}
         if (reasoning := message.get("reasoning_content")) is not None:
             prepared.setdefault("thinking", reasoning)  # the name some templates read
         content = message.get("content")
@@ -169,11 +170,11 @@ class ChatTemplate:
         try:
             return self._run(data, stand_ins)
         except RequestError:
-            # Templates that join strings fail on None, which is what messages that only call tools hold.
+            # Templates that only join strings fail on messages without content, such as those that only call tools.
             messages = data["messages"]
-            if all(message.get("content") is not None for message in messages):
+            if all("content" in message for message in messages):
                 raise
-            filled = [{**message, "content": message.get("content") or ""} for message in messages]
+            filled = [{"content": "", **message} for message in messages]
             return self._run({**data, "messages": filled}, stand_ins)
 
     def _run(self, data: Mapping[str, Any], stand_ins: Mapping[int, str]) -> str:
