@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 import httpx
 
 WORDS = (
-    "river stone window letter garden market winter bridge candle paper morning island engine silver story doctor "
-    "music forest kitchen harbor question summer village answer mountain number color teacher animal picture country"
-).split()
+    *("river", "stone", "window", "letter", "garden", "market", "winter", "bridge", "candle", "paper", "morning"),
+    *("island", "engine", "silver", "story", "doctor", "music", "forest", "kitchen", "harbor", "question", "summer"),
+    *("village", "answer", "mountain", "number", "color", "teacher", "animal", "picture", "country"),
+)
 
 
 @dataclass(slots=True)
@@ -98,8 +99,8 @@ async def run(url: str, model: str, concurrency: int, requests: int, tokens: int
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
 
         async def worker() -> None:
-            for seed in seeds:
-                streams.append(await one(client, model, seed, tokens))
+            # `seeds` is one iterator for all workers: each takes the next prompt when its last answer has ended.
+            streams.extend([await one(client, model, seed, tokens) for seed in seeds])
 
         start = time.perf_counter()
         async with asyncio.TaskGroup() as group:
