@@ -14,7 +14,7 @@ import msgspec
 
 from engine.backends.child import Child
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, EngineOverloadedError, RequestError, SeraphError
+from engine.errors import EngineDeadError, EngineError, EngineOverloadedError, RequestError, SeraphError
 from engine.process import Abort, Aborted, Add, Deltas, Refused, Stats, StatsRequest, ToParent
 from engine.request import Capabilities, EngineStats, Request, TokenDelta
 
@@ -57,8 +57,12 @@ class Inflight:
         return msgspec.structs.replace(self.request, output_token_ids=self.request.output_token_ids + self.received)
 
     def deliver(self, delta: TokenDelta) -> None:
+        """Take in what the engine sent. A gap, which would be our bug, fails this request and no other."""
         expected = len(self.request.output_token_ids) + len(self.received)
-        assert delta.position == expected, f"{delta.request_id}: expected position {expected}, got {delta.position}"
+        if delta.position != expected:
+            self._error = EngineError(f"{delta.request_id}: expected position {expected}, got {delta.position}.")
+            self._wake()
+            return
         self.received += delta.token_ids
         self.finished = delta.finish_reason is not None
         self._pending.append(delta)

@@ -442,7 +442,11 @@ async def test_what_arrives_between_two_reads_comes_at_once() -> None:
     assert inflight.as_resumed_request() == request("a", [1], output=[9, 1, 2, 3])
 
 
-async def test_a_gap_is_our_bug() -> None:
+async def test_a_gap_fails_the_request_after_what_came_before_it() -> None:
     inflight = Inflight(request("a", [1]))
-    with pytest.raises(AssertionError, match="expected position 0, got 1"):
-        inflight.deliver(TokenDelta(request_id="a", position=1, token_ids=[1]))
+    inflight.deliver(TokenDelta(request_id="a", position=0, token_ids=[1]))
+    inflight.deliver(TokenDelta(request_id="a", position=2, token_ids=[3]))
+    assert (await inflight.take()).token_ids == [1]
+    with pytest.raises(EngineError, match="expected position 1, got 2"):
+        await inflight.take()
+    assert not inflight.finished  # so that leaving it aborts what still runs
