@@ -16,7 +16,9 @@ CHUNK = 256
 """Tokens of one step; bounds the logits buffer."""
 
 
-def perplexity(program: Program, spec: DecoderSpec, token_ids: Sequence[int] | NDArray[np.integer], window: int) -> float:
+def perplexity(
+    program: Program, spec: DecoderSpec, token_ids: Sequence[int] | NDArray[np.integer], window: int
+) -> float:
     """exp of the mean negative log likelihood of every token that has one before it in its window."""
     sums, counts = zip(*windows_nll(program, spec, token_ids, window), strict=True)
     return math.exp(math.fsum(sums) / sum(counts))
@@ -67,4 +69,6 @@ def _nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.
     chosen = logits[np.arange(len(targets)), targets].astype(np.float64) - largest[:, 0]
     np.subtract(logits, largest, out=logits)
     np.exp(logits, out=logits)
-    return np.log(logits.sum(axis=1, dtype=np.float64)) - chosen
+    masses: NDArray[np.float64] = logits.sum(axis=1, dtype=np.float64)
+    nll: NDArray[np.float64] = np.log(masses) - chosen
+    return nll

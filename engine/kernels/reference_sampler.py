@@ -1,7 +1,7 @@
 """The sampler's numpy twin: what `SamplingArrays` promises, written to be read.
 
-The native sampler selects without sorting and has an exponential of its own, so it may differ from this one where a
-token's weight lies within rounding of a threshold; everywhere else both choose the same token.
+The native sampler selects without sorting and sums weights in another order, so it may differ from this one where a
+sum lies within rounding of a threshold; everywhere else both choose the same token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.kernels.batch import Float32, Int32, SamplingArrays
+from engine.kernels.reference_math import exp
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -88,8 +89,8 @@ def kept_tokens(
     order = order[: np.count_nonzero(np.isfinite(row))]
     if top_k > 0:
         order = order[:top_k]
-    with np.errstate(over="ignore", under="ignore"):  # a tiny temperature sends all but the best to -inf, weight 0
-        weights = np.exp((row[order] - row[order[0]]) / temperature).astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, weight 0
+        weights = exp((row[order] - row[order[0]]) / temperature).astype(np.float64)
     if top_p < 1:
         sums = np.cumsum(weights)
         count = int(np.searchsorted(sums, float(top_p) * sums[-1], side="left")) + 1

@@ -16,9 +16,10 @@ import gguf
 import numpy as np
 import torch  # type: ignore[import-not-found]
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
+from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
 
 from tests.golden.checkpoints import CHECKPOINTS, weights_digest, write_checkpoint
+from tests.golden.make_tokenizer_golden import load as load_tokenizer
 
 HERE = Path(__file__).parent
 WINDOW = 1024  # tokens that one perplexity window sees, each window from an empty context
@@ -91,10 +92,10 @@ def half_split(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.reshape(heads, outputs // heads // 2, 2, inputs).transpose(1, 2).reshape(outputs, inputs)
 
 
-@torch.inference_mode()
 def logits_of(model: LlamaForCausalLM, token_ids: list[int]) -> NDArray[np.float32]:
     """float32 [len(token_ids), vocab]."""
-    logits: NDArray[np.float32] = model(torch.tensor([token_ids])).logits[0].numpy()
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(torch.tensor([token_ids])).logits[0].numpy()
     return logits
 
 
@@ -114,7 +115,7 @@ def make_tiny() -> None:
 def make_default(path: Path) -> None:
     """Logits of the default model over PROMPTS, and its likelihood of perplexity.txt."""
     model = load_llama(path)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = load_tokenizer(path)
 
     prompts = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
     logits = np.concatenate([logits_of(model, ids) for ids in prompts])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def random_weights(
         if len(shape) == 1:
             weights[name] = PackedTensor(None, rng.uniform(0.5, 1.5, shape).astype(np.float32))
         else:
-            weights[name] = random_matrix(rng, *shape, bits, correction)
+            weights[name] = random_matrix(rng, shape[0], shape[1], bits, correction)
     return weights
 
 
@@ -154,7 +155,16 @@ def sampling_arrays(num_rows: int, **changes: Any) -> SamplingArrays:
 
 
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Cosine of each row of a with that of b, after subtracting the rows' means (which a softmax does not see)."""
-    a, b = (x.astype(np.float64) - x.mean(axis=-1, keepdims=True, dtype=np.float64) for x in (a, b))
-    products: NDArray[np.float64] = (a * b).sum(axis=-1)
-    return products / np.sqrt(np.square(a).sum(axis=-1) * np.square(b).sum(axis=-1))
+    """Cosine of each row of a with that of b."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.sqrt(np.square(a).sum(axis=-1) * np.square(b).sum(axis=-1))
+    products: NDArray[np.float64] = (a * b).sum(axis=-1) / norms
+    return products
+
+
+def exact_fma(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
+    """a * b + c in rational numbers, rounded once to the nearest float32, an even one between two."""
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    near = np.float32(float(exact))
+    candidates = (near, np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf)))
+    return min(candidates, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(np.uint32)) & 1))

@@ -8,23 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from engine.config import BLOCK_SIZE
 from engine.kernels.batch import Float32
 from engine.kernels.layout import GROUP, Correction, PackedTensor, dequantize, unpack_matrix
 from engine.kernels.reference import (
+    SEGMENT,
     FloatMatrix,
     QuantizedMatrix,
     ReferenceProgram,
+    attend,
     gated_silu,
     quantize_activations,
     rms_norm,
     rope_tables,
     rotate,
-    round_to_bf16,
 )
 from engine.models.spec import RopeSpec
 from tests.engine.kernels.steps import (
     Piece,
     cosines,
+    exact_fma,
     logits_of,
     make_batch,
     random_matrix,
@@ -89,9 +92,9 @@ def test_a_projection_is_the_sum_of_its_groups_in_order(n: int, k: int, bits: in
                 q_w = weights[row, g * GROUP : (g + 1) * GROUP].astype(int)
                 q_x = quants[m, g].astype(int)
                 dot = int(q_w @ q_x) - (0 if mins is not None else tensor.format.zero_point * int(q_x.sum()))
-                total += np.float32(weight_scales[row, g]) * np.float32(dot) * scales[m, g]
+                total = exact_fma(np.float32(weight_scales[row, g]) * np.float32(dot), scales[m, g], total)
                 if mins is not None:
-                    total += np.float32(mins[row, g]) * (scales[m, g] * np.float32(q_x.sum()))
+                    total = exact_fma(np.float32(mins[row, g]), scales[m, g] * np.float32(q_x.sum()), total)
             assert out[m, row] == total
 
 
@@ -127,29 +130,6 @@ def test_embedding_rows_are_the_dequantized_ones(bits: int, correction: Correcti
     assert (FloatMatrix(tensor).rows(ids) == expected[ids]).all()
 
 
-@given(npst.arrays(np.uint32, 16))
-def test_bf16_takes_the_nearest_value_and_an_even_one_between_two(bits: np.ndarray) -> None:
-    x = bits.view(np.float32)
-    x = np.where(np.isfinite(x), x, np.float32(0))
-    rounded = round_to_bf16(x)
-    assert not (rounded.view(np.uint32) & 0xFFFF).any()
-    low = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # toward zero
-    high = (low.view(np.uint32) + np.uint32(0x10000)).view(np.float32)  # the next one away from zero
-    # After the largest finite value comes infinity; rounding decides as if that were the number 2**128.
-    up = np.where(np.isinf(high), 2.0**128 * np.sign(x.astype(np.float64)), high.astype(np.float64))
-    to_low, to_high = np.abs(x - low.astype(np.float64)), np.abs(up - x)
-    even = (low.view(np.uint32) >> 16 & 1) == 0
-    expected = np.where((to_low < to_high) | ((to_low == to_high) & even), low, high)
-    assert (rounded == expected).all()
-
-
-def test_bf16_keeps_what_is_not_a_number() -> None:
-    x = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000], np.uint32).view(np.float32)
-    rounded = round_to_bf16(x)
-    assert np.isnan(rounded[:3]).all()
-    assert (rounded[3:] == [np.inf, -np.inf]).all()
-
-
 @pytest.mark.parametrize("dim", [16, 64])
 def test_rope_turns_pairs_as_complex_numbers(dim: int) -> None:
     rng = np.random.default_rng(4)
@@ -174,12 +154,34 @@ def test_gate_and_up_columns_alternate_in_groups_of_32() -> None:
     np.testing.assert_allclose(gated_silu(interleaved), wide / (1 + np.exp(-wide)) * up, rtol=1e-6, atol=1e-30)
 
 
-@given(npst.arrays(np.float32, (2, 33), elements=st.floats(-1e3, 1e3, width=32)))
+@given(npst.arrays(np.float32, (2, 96), elements=st.floats(-1024, 1024, width=32)))
 def test_rms_norm_scales_to_the_weights(x: Float32) -> None:
-    weight = np.linspace(0.5, 2, 33, dtype=np.float32)
+    weight = np.linspace(0.5, 2, 96, dtype=np.float32)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * weight
     np.testing.assert_allclose(rms_norm(x, weight, 1e-5), expected, rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 40])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_a_softmax_over_what_a_row_sees(length: int, causal: bool) -> None:
+    rng = np.random.default_rng(length)
+    rows = min(length, 5)
+    num_blocks = -(-length // BLOCK_SIZE)
+    queries = rng.standard_normal((rows, 4, 16)).astype(np.float32)
+    context = rng.standard_normal((num_blocks, 2, 2, BLOCK_SIZE, 16)).astype(np.float32)
+    limits = np.arange(length - rows + 1, length + 1) if causal else np.full(rows, length)
+    out = attend(queries, context, limits)
+
+    keys, values = (
+        context.astype(np.float64).transpose(1, 2, 0, 3, 4).reshape(2, 2, -1, 16)
+    )  # [KV head, position, lane]
+    for i in range(rows):
+        for head in range(4):
+            scores = keys[head // 2, : limits[i]] @ queries[i, head]
+            weights = np.exp(scores - scores.max())
+            expected = weights @ values[head // 2, : limits[i]] / weights.sum()
+            np.testing.assert_allclose(out[i, head], expected, atol=1e-5)
 
 
 # Whole steps

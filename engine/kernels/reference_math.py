@@ -1,0 +1,65 @@
+"""Float32 primitives of the numpy twin, rounded as the kernels round them: every result is one defined value."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.kernels.batch import Float32
+from engine.kernels.layout import LANES
+
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_EXP_COEFFICIENTS = tuple(
+    np.float32(c)
+    for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
+
+
+def fma(a: Float32 | np.float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
+    """a * b + c, rounded once to float32, for normal results; broadcasts.
+
+    The product of two float32 is exact in float64. Their sum with c is rounded to float64 first, and rounding that to
+    float32 is right except where the float64 lies exactly between two float32 and was not exact itself.
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    total: NDArray[np.float64] = np.add(product, c)
+    rounded = total.astype(np.float32)
+    between = (total.view(np.uint64) & np.uint64(0x1FFFFFFF)) == 0x10000000
+    if between.any():
+        p, t = np.broadcast_to(product, total.shape)[between], total[between]
+        addend = np.broadcast_to(np.asarray(c, np.float64), total.shape)[between]
+        virtual = t - p  # what was added to p; the error of t follows (Knuth's two-sum)
+        error = (p - (t - virtual)) + (addend - virtual)
+        rounded[between] = np.where(error == 0, t, np.nextafter(t, np.copysign(np.inf, error)))
+    return rounded
+
+
+def exp(x: Float32) -> Float32:
+    """e**x within 2 ulp for x <= 88 (and e**88 beyond); 0 below -87. The kernels' own exponential.
+
+    Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes expf, Moshier).
+    """
+    clamped = np.minimum(np.maximum(x, np.float32(-87)), np.float32(88))
+    n = np.rint(clamped * np.float32(1.44269504088896341))
+    r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, clamped))
+    p = np.full_like(r, _EXP_COEFFICIENTS[0])
+    for coefficient in _EXP_COEFFICIENTS[1:]:
+        p = fma(p, r, coefficient)
+    y = fma(p, r * r, r) + np.float32(1)
+    return np.where(x < np.float32(-87), np.float32(0), np.ldexp(y, n.astype(np.int32)))
+
+
+def sum_lanes(lanes: Float32) -> Float32:
+    """Sum the last axis, 16 lanes, by halves: lane i and i + 8, then i + 4, i + 2, i + 1."""
+    width = LANES // 2
+    while width:
+        lanes = lanes[..., :width] + lanes[..., width:]
+        width //= 2
+    return lanes[..., 0]
+
+
+def round_to_bf16(x: Float32) -> Float32:
+    """Round to the nearest bfloat16, ties to even; the result is float32 again."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded: NDArray[np.uint32] = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, rounded.view(np.float32))

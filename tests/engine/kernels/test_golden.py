@@ -1,0 +1,172 @@
+"""Logits and likelihoods against an independent float32 implementation; tests/golden says where they are from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from benchmarks.perplexity import perplexity, windows_nll
+from engine.config import available_cpus
+from engine.kernels import available_isas
+from engine.kernels.batch import Float32, Program
+from engine.kernels.reference import ReferenceProgram
+from engine.models.spec import DecoderSpec
+from engine.weights import PackedModel, load_model
+from tests.engine.kernels.conftest import ProgramFactory
+from tests.engine.kernels.steps import cosines, random_weights, sequence_logits, tiny_spec
+from tests.golden.checkpoints import CHECKPOINTS, weights_digest, write_checkpoint
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+TINY_BLOCKS = 3  # 70 tokens
+DEFAULT_BLOCKS = 2  # the longest prompt
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def load(name: str) -> Arrays:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PackedModel, Arrays]:
+    """A tiny checkpoint, loaded from its GGUF file, and its golden arrays."""
+    folder = tmp_path_factory.mktemp("tiny")
+    path = write_checkpoint(folder, request.param)
+    golden = load(f"tiny_{request.param}")
+    assert weights_digest(path) == golden["weights_digest"], (
+        "the seed no longer gives the weights that the golden logits were computed with: "
+        "run tests/golden/make_golden.py --tiny"
+    )
+    return load_model(str(path), home=folder), golden
+
+
+@pytest.fixture(scope="module")
+def default_golden() -> Arrays:
+    return load("default_logits")
+
+
+def default_logits(program: Program, spec: DecoderSpec, golden: Arrays) -> Float32:
+    """Logits of every golden prompt, one after another."""
+    prompts = np.split(golden["token_ids"], np.cumsum(golden["prompt_lens"])[:-1])
+    return np.concatenate([sequence_logits(program, spec, prompt) for prompt in prompts])
+
+
+def full_rows(logits: Float32, golden: Arrays) -> Float32:
+    return logits[golden["full_positions"]]
+
+
+def test_tiny_float32_reference(tiny: tuple[PackedModel, Arrays]) -> None:
+    model, golden = tiny
+    program = ReferenceProgram(
+        model.info.spec, model.weights, num_blocks=TINY_BLOCKS, activations="float32", kv_dtype="float32"
+    )
+    logits = sequence_logits(program, model.info.spec, golden["token_ids"])
+    np.testing.assert_allclose(logits, golden["logits"], atol=5e-5)
+
+
+def test_tiny_twin(tiny: tuple[PackedModel, Arrays]) -> None:
+    model, golden = tiny
+    program = ReferenceProgram(model.info.spec, model.weights, num_blocks=TINY_BLOCKS)
+    logits = sequence_logits(program, model.info.spec, golden["token_ids"])
+    assert cosines(logits, golden["logits"]).mean() >= 0.999
+
+
+def test_tiny_native(tiny: tuple[PackedModel, Arrays], program_factory: ProgramFactory) -> None:
+    model, golden = tiny
+    spec, token_ids = model.info.spec, golden["token_ids"]
+    program = program_factory(spec, model.weights, num_blocks=TINY_BLOCKS)
+    native = sequence_logits(program, spec, token_ids)
+    twin = sequence_logits(ReferenceProgram(spec, model.weights, num_blocks=TINY_BLOCKS), spec, token_ids)
+    assert cosines(native, golden["logits"]).mean() >= 0.999
+    if program.isa == "portable":  # without fused multiply-adds
+        assert cosines(native, twin).mean() >= 0.9999
+    else:
+        np.testing.assert_array_equal(native, twin)
+
+
+def test_default_float32_reference(default_model: PackedModel, default_golden: Arrays) -> None:
+    spec = default_model.info.spec
+    program = ReferenceProgram(
+        spec, default_model.weights, num_blocks=DEFAULT_BLOCKS, activations="float32", kv_dtype="float32"
+    )
+    logits = default_logits(program, spec, default_golden)
+    expected = default_golden["full_logits"].astype(np.float32)
+    assert cosines(full_rows(logits, default_golden), expected).min() >= 0.99999
+    # At every position, the probabilities of the likeliest tokens.
+    top = np.take_along_axis(logits, default_golden["top_ids"], axis=1)
+    logsumexp = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
+    np.testing.assert_allclose(top, default_golden["top_logits"], atol=2e-3)
+    np.testing.assert_allclose(logsumexp, default_golden["logsumexp"], atol=2e-3)
+
+
+def test_default_native(default_model: PackedModel, default_golden: Arrays, program_factory: ProgramFactory) -> None:
+    spec = default_model.info.spec
+    program = program_factory(spec, default_model.weights, num_blocks=DEFAULT_BLOCKS, threads=available_cpus())
+    logits = full_rows(default_logits(program, spec, default_golden), default_golden)
+    assert cosines(logits, default_golden["full_logits"].astype(np.float32)).mean() >= 0.999
+
+
+def test_default_twin(default_model: PackedModel, default_golden: Arrays, make_program: ProgramFactory) -> None:
+    """The twin against the golden logits and against the best native build, over the first prompt."""
+    spec = default_model.info.spec
+    length = int(default_golden["prompt_lens"][0])
+    prompt = default_golden["token_ids"][:length]
+    twin = sequence_logits(ReferenceProgram(spec, default_model.weights, num_blocks=DEFAULT_BLOCKS), spec, prompt)
+    full = default_golden["full_positions"]
+    full = full[full < length]
+    expected = default_golden["full_logits"][: len(full)].astype(np.float32)
+    assert cosines(twin[full], expected).mean() >= 0.999
+    program = make_program(
+        spec, default_model.weights, num_blocks=DEFAULT_BLOCKS, threads=available_cpus(), isa=available_isas()[0]
+    )
+    native = sequence_logits(program, spec, prompt)
+    if program.isa == "portable":
+        # Without fused multiply-adds the two drift apart as far as 8-bit activations are from float32.
+        assert cosines(native, twin).mean() >= 0.999
+    else:
+        np.testing.assert_array_equal(native, twin)
+
+
+def test_default_perplexity(default_model: PackedModel, make_program: ProgramFactory) -> None:
+    """Within 0.5 % of float32 over the whole text, on the best build."""
+    golden = load("default_perplexity")
+    token_ids, window, counts = golden["token_ids"], int(golden["window"]), golden["counts"]
+    assert len(token_ids) >= 20_000
+    spec = default_model.info.spec
+    program = make_program(
+        spec, default_model.weights, num_blocks=-(-window // 32), threads=available_cpus(), isa=available_isas()[0]
+    )
+    expected = math.exp(np.average(golden["nll"], weights=counts))
+    assert perplexity(program, spec, token_ids, window) == pytest.approx(expected, rel=0.005)
+
+
+def test_the_perplexity_text_is_the_one_that_was_measured(default_model: PackedModel) -> None:
+    tokenizer = Tokenizer.from_str(default_model.info.tokenizer_json)
+    text = (GOLDEN / "perplexity.txt").read_text(encoding="utf-8")
+    assert tokenizer.encode(text, add_special_tokens=False).ids == load("default_perplexity")["token_ids"].tolist()
+
+
+def test_perplexity_of_windows_is_that_of_their_logits() -> None:
+    """The measure itself, against a softmax written out, with a short last window and several chunks."""
+    spec = tiny_spec()
+    program = ReferenceProgram(spec, random_weights(spec), num_blocks=10)
+    ids = np.random.default_rng(0).integers(0, spec.vocab_size, 320 + 5)
+    measured = windows_nll(program, spec, ids, 320)
+    assert [count for _, count in measured] == [319, 4]
+    for (total, _), window in zip(measured, (ids[:320], ids[320:]), strict=True):
+        logits = sequence_logits(program, spec, window.astype(np.int32)).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        assert total == pytest.approx(-logprobs[np.arange(len(window) - 1), window[1:]].sum(), rel=1e-6)
+    total = sum(nll for nll, _ in measured)
+    assert perplexity(program, spec, ids, 320) == pytest.approx(math.exp(total / 323))
+    with pytest.raises(ValueError, match="needs 11 KV blocks, got 10"):
+        perplexity(program, spec, ids, 321)
+    with pytest.raises(ValueError, match="at least 2 tokens, got 320 and 1"):
+        perplexity(program, spec, ids[:1], 320)
