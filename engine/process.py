@@ -319,14 +319,15 @@ def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int
     It ends at SIGTERM, and when standard input, whose other end the parent holds, reaches its end: a parent that is
     gone, however it went, leaves no orphan.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal, and the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _die_with_parent()
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     parser = argparse.ArgumentParser(prog="engine.process", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--socket", required=True, type=Path, help="where to bind")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    parser.add_argument("--log-level", default="INFO", help="least severe messages to log")
     options = parser.parse_args(argv)
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     lifeline = sys.stdin.fileno()
     context = zmq.Context[zmq.Socket[bytes]]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -63,9 +64,14 @@ class Child:
         try:
             # The child sees the end of this pipe when we are gone, however we went. Nothing is ever written to it.
             lifeline, self._lifeline = os.pipe()
+            options = {
+                "--socket": str(self._socket_path),
+                "--log-level": logging.getLevelName(logger.getEffectiveLevel()),
+                "--config": encode_config(config),
+            }
             try:
                 self._process = subprocess.Popen(
-                    [*command, "--socket", str(self._socket_path), "--config", encode_config(config)],
+                    [*command, *itertools.chain.from_iterable(options.items())],
                     stdin=lifeline,
                     stderr=subprocess.PIPE,
                     # It finds the packages that we found, however this program was started.

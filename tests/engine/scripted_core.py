@@ -7,6 +7,7 @@ contains one of the ids below makes the step that would produce its fourth token
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ KILL, RAISE, HANG = 2001, 2002, 2003
 AT_POSITION = 3
 STEP_SECONDS = 0.001
 VOCAB_SIZE = 3000
+BUILT = "the core was built"
+"""Logged for debugging."""
 CLOSED = "the core was closed"
 """Written to standard error at the end of a clean exit."""
 
@@ -47,6 +50,7 @@ class ScriptedCore:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
                 threading.Event().wait()
+        logging.getLogger("seraph.engine").debug(BUILT)
         self.config = config
         self.requests: dict[str, Request] = {}
         self.num_output: dict[str, int] = {}

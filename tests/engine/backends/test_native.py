@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import signal
 import sys
@@ -294,6 +295,17 @@ async def test_what_keeps_it_from_starting_is_raised(model: str, error: type[Exc
         await engine.start()
     assert engine.pid is None and not engine.alive
     await engine.stop(0.0)
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
+async def test_it_logs_what_the_parent_logs(
+    level: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(level, "seraph.engine"):
+        engine = scripted()
+        await engine.start()
+    await engine.stop(0.0)
+    assert (scripted_core.BUILT in capsys.readouterr().err) == (level == logging.DEBUG)
 
 
 async def test_a_start_that_takes_too_long_is_ended() -> None:
