@@ -28,6 +28,14 @@ void quantize_row(const float* x, int k, const QuantRows& to, int row) {
 
 namespace {
 
+// Unrolled, sums stay in registers. A portable build has none wide enough, and unrolling its byte products takes the
+// compiler minutes.
+#if defined(SERAPH_ISA_PORTABLE)
+constexpr int kUnroll = 1;
+#else
+constexpr int kUnroll = 8;
+#endif
+
 // One 32-output half of one cell for R rows: two vectors of integer sums per row stay in registers over the group,
 // the float sums wait in memory, where a load and a store per group cost less than the registers they would take.
 template <int BITS, bool MIN, int R>
@@ -36,7 +44,7 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
                              int64_t groups, float* out) {
     constexpr int kRowBytes = BITS == 4 ? 256 : 512; // of one vector of 16 outputs
     GroupDot<BITS> dot[R][2];
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int r = 0; r < R; ++r) {
         I32 from = set1_i32(0);
         if constexpr (!MIN) {
@@ -48,18 +56,18 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
         dot[r][1].start(from);
     }
     if constexpr (BITS == 4) {
-#pragma GCC unroll 4
+#pragma GCC unroll kUnroll
         for (int octet = 0; octet < 4; ++octet) {
             const I32 w0 = load_i32(quants + octet * 64), w1 = load_i32(quants + kRowBytes + octet * 64);
             const I32 low0 = low_nibbles(w0), low1 = low_nibbles(w1);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
                 const I32 a = broadcast_quad(q + r * k + octet * 8);
                 dot[r][0].add(low0, a);
                 dot[r][1].add(low1, a);
             }
             const I32 high0 = high_nibbles(w0), high1 = high_nibbles(w1);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
                 const I32 a = broadcast_quad(q + r * k + octet * 8 + 4);
                 dot[r][0].add(high0, a);
@@ -67,10 +75,10 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
             }
         }
     } else {
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
         for (int quad = 0; quad < 8; ++quad) {
             const I32 w0 = load_i32(quants + quad * 64), w1 = load_i32(quants + kRowBytes + quad * 64);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
                 const I32 a = broadcast_quad(q + r * k + quad * 4);
                 dot[r][0].add(w0, a);
@@ -84,7 +92,7 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
         m0 = load_f16(mins);
         m1 = load_f16(mins + kLanes);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int r = 0; r < R; ++r) {
         const F32 s = set1(scale[r * groups]);
         float* to = out + r * kStrip;
