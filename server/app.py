@@ -94,6 +94,7 @@ def create_app(
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},  # ours is /metrics
     )
     app.state.service = service
     app.add_exception_handler(SeraphError, _on_error)

@@ -8,6 +8,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import signal
 import socket
 import sys
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("seraph.server")
 
 BACKLOG = 2048
+LINGER = 5
+"""Seconds that connections have to close after the last request has ended."""
+
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -132,6 +136,7 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
     text = ModelText.from_info(model.info, chat_template=settings.chat_template_source())
     model.close()  # its weights are the engine process's
     failure: SeraphError | None = None
+    tasks: list[asyncio.Task[None]] = []
 
     class Protocol(BoundedProtocol):
         head_timeout = settings.body_timeout
@@ -151,9 +156,12 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
 
         def end(self) -> None:
             """Drain and exit; asked twice, exit at once."""
-            service.draining = True
             self.force_exit = self.should_exit
             self.should_exit = True
+            if not service.draining:
+                service.draining = True
+                # What is still running when the time is over fails as by a dead engine: with a proper error.
+                tasks.append(asyncio.create_task(engine.stop(drain=settings.drain_timeout)))
 
     def on_started(error: SeraphError | None) -> None:
         nonlocal failure
@@ -175,7 +183,8 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
+            proxy_headers=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout) + LINGER,
         )
     )
 
@@ -183,7 +192,9 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
         try:
             await web.serve(sockets=[listener])
         finally:
-            await engine.stop(drain=0.0)  # uvicorn leaves the lifespan's end out where it was told to hurry
+            await asyncio.gather(
+                *tasks, engine.stop(drain=0.0)
+            )  # uvicorn leaves the lifespan's end out where it was told to hurry
 
     try:
         listener.listen(BACKLOG)  # before the address is printed, so that nobody who reads it is refused
@@ -207,7 +218,7 @@ def _banner(settings: Settings, known: Capabilities, port: int) -> str:
         "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
         "listening": f"http://{host}:{port}",
     }
-    question = {"role": "user", "content": "What is the capital of France?"}
+    question = {"role": "user", "content": "Tell me the capital of France."}
     body = json.dumps({"model": settings.model_names[0], "messages": [question]})
     key = ' -H "authorization: Bearer $SERAPH_API_KEY"' if settings.api_key else ""
     table = "\n".join(f"  {name:<10} {value}" for name, value in rows.items())
