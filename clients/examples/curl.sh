@@ -1,0 +1,25 @@
+#!/bin/sh
+# Talk to a server with curl: what is served, one answer, one streamed answer.
+#
+#   SERAPH_BASE_URL=http://127.0.0.1:8000 SERAPH_API_KEY=... sh clients/examples/curl.sh
+set -eu
+
+url=${SERAPH_BASE_URL:-http://127.0.0.1:8000}
+key=${SERAPH_API_KEY:-none}
+
+ask() {
+    path=$1
+    shift
+    curl --silent --show-error --fail-with-body --no-buffer "$url$path" \
+        -H "authorization: Bearer $key" -H 'content-type: application/json' "$@"
+}
+
+models=$(ask /v1/models)
+echo "$models"
+model=$(printf %s "$models" | sed 's/.*"id": *"\([^"]*\)".*/\1/')
+
+messages='[{"role": "user", "content": "What is the capital of France?"}]'
+ask /v1/chat/completions -d "{\"model\": \"$model\", \"messages\": $messages, \"temperature\": 0, \"max_tokens\": 20}"
+echo
+ask /v1/chat/completions \
+    -d "{\"model\": \"$model\", \"messages\": $messages, \"temperature\": 0, \"max_tokens\": 20, \"stream\": true}"
