@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -94,14 +94,16 @@ class LLM:
 
     def stream(
         self, prompt: Prompt | Conversation, sampling: SamplingParams | None = None, *, seed: int = 0
-    ) -> Iterator[str]:
-        """The text of one answer, piece by piece as it becomes certain. Closing the iterator aborts the request."""
+    ) -> Generator[str, None, None]:
+        """The text of one answer, piece by piece as it becomes certain.
+
+        The request starts when the first piece is asked for; closing the generator aborts it.
+        """
         if _is_conversation(prompt):
             token_ids = self.text.encode_chat(prompt)
         else:
             token_ids = self._encode(cast("Prompt", prompt))
-        (stream,) = self._start([token_ids], [sampling or SamplingParams()], seed)
-        return self._pieces(stream)
+        return self._pieces(token_ids, sampling or SamplingParams(), seed)
 
     def close(self) -> None:
         """Free the KV memory, the threads and the weights. Idempotent."""
@@ -138,7 +140,9 @@ class LLM:
         finally:
             self._abort(streams)
 
-    def _pieces(self, stream: _Stream) -> Iterator[str]:
+    def _pieces(self, prompt: list[int], sampling: SamplingParams, seed: int) -> Generator[str, None, None]:
+        # Started in here, because a generator that nobody ever asks is closed without running its `finally`.
+        (stream,) = self._start([prompt], [sampling], seed)
         try:
             while True:
                 while stream.finish_reason is None and not stream.pieces:
