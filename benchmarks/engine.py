@@ -1,0 +1,203 @@
+"""The engine's core without a server, beside the machine's limits: `python -m benchmarks.engine --help`.
+
+Decoding is bound by reading the weights once a step, prefill by int8 dot products; each line shows what it used of the
+limit that binds it, measured on this machine just before. Overhead is the time of a step outside the kernels: the
+scheduler, the arrays and the books, in Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import Limits, cpu_name, measure_limits
+from engine.config import DEFAULT_MODEL, EngineConfig, available_cpus
+from engine.core import EngineCore
+from engine.errors import ConfigError
+from engine.kernels import available_isas, select_isa
+from engine.request import Request, SamplingParams
+from engine.weights import PackedModel, load_model
+from engine.weights.progress_bar import RichProgress
+
+STREAMS = (1, 4, 16, 32)
+DECODE_PROMPT = 32  # tokens each stream starts from
+DECODE_STEPS = 64
+PREFILL = (128, 512, 2048)  # tokens of one prompt
+SEED = 20240607
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One load; figures are medians over the repeats."""
+
+    load: str  # decode or prefill
+    size: int  # streams, or tokens of the prompt
+    tokens_per_second: float
+    step_ms: float  # of the whole step, or of all steps of the prompt
+    overhead_ms: float  # of it, outside the kernels
+    used: float  # GB/s of weights, or 10**12 int8 operations a second
+    share: float  # of the machine's limit
+
+
+class Load:
+    """The model's core and the work that one token or one step means."""
+
+    def __init__(self, model: PackedModel, limits: Limits, *, isa: str, threads: int) -> None:
+        config = EngineConfig(
+            max_num_seqs=max(STREAMS),
+            kv_cache_tokens=max(STREAMS) * 256,
+            enable_prefix_caching=False,
+            isa=isa,
+            threads=threads,
+        )
+        self.core = EngineCore(config, model)
+        self.model = model.name
+        self.rng = np.random.default_rng(SEED)
+        self.read_limit, self.int8_limit = limits.read_gbs[threads], limits.int8_tops[threads]
+        spec = model.info.spec
+        self.weight_bytes = sum(tensor.data.nbytes for tensor in model.weights.values())
+        if not spec.tie_embeddings:  # of the embedding only a row a token is read
+            self.weight_bytes -= model.weights["embed"].data.nbytes
+        # Of a prompt every token goes through the layers, but only the last one through the head.
+        shapes = [shape for name, shape in spec.tensor_shapes().items() if name.startswith("layers.")]
+        self.operations_per_token = 2 * sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+        self.count = 0
+
+    def add(self, length: int, max_tokens: int) -> None:
+        self.count += 1
+        self.core.add(
+            Request(
+                request_id=f"r{self.count}",
+                model=self.model,
+                prompt_token_ids=self.rng.integers(0, self.core.info.spec.vocab_size, length).tolist(),
+                sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+                seed=self.count,
+            )
+        )
+
+    def run(self, num_steps: int | None = None) -> tuple[float, float, int]:
+        """Step so often, or until all is done: seconds, seconds of them inside the kernels, steps."""
+        before, start = self.core.stats(), time.perf_counter()
+        while self.core.has_work and (num_steps is None or self.core.stats().num_steps - before.num_steps < num_steps):
+            self.core.step()
+        seconds, after = time.perf_counter() - start, self.core.stats()
+        return seconds, after.step_seconds - before.step_seconds, after.num_steps - before.num_steps
+
+    def decode(self, num_streams: int) -> Measurement:
+        """All streams with their prompts behind them, so many steps of one token each."""
+        for _ in range(num_streams):
+            self.add(DECODE_PROMPT, max_tokens=DECODE_STEPS + 16)
+        while self.core.stats().num_output_tokens < num_streams or self.core.stats().num_waiting:
+            self.core.step()
+        # A few more, until the last admitted stream decodes with the others.
+        self.run(4)
+        seconds, inside, steps = self.run(DECODE_STEPS)
+        self.run()
+        used = self.weight_bytes * steps / seconds / 1e9
+        return Measurement(
+            load="decode",
+            size=num_streams,
+            tokens_per_second=num_streams * steps / seconds,
+            step_ms=seconds / steps * 1e3,
+            overhead_ms=(seconds - inside) / steps * 1e3,
+            used=used,
+            share=used / self.read_limit,
+        )
+
+    def prefill(self, length: int) -> Measurement:
+        """One prompt, from nothing to its first token."""
+        self.add(length, max_tokens=1)
+        seconds, inside, _ = self.run()
+        used = self.operations_per_token * length / seconds / 1e12
+        return Measurement(
+            load="prefill",
+            size=length,
+            tokens_per_second=length / seconds,
+            step_ms=seconds * 1e3,
+            overhead_ms=(seconds - inside) * 1e3,
+            used=used,
+            share=used / self.int8_limit,
+        )
+
+
+def measure(load: Load, repeats: int) -> list[Measurement]:
+    """Every load in turn, `repeats` times over, so that a slow minute of the machine spreads over all of them."""
+    longest = load.core.max_model_len
+    rounds: list[list[Measurement]] = []
+    load.decode(1)  # not counted: the first steps touch the weights for the first time
+    for _ in range(repeats):
+        decoded = [load.decode(streams) for streams in STREAMS]
+        rounds.append(decoded + [load.prefill(length) for length in PREFILL if length < longest])
+    return [median(list(column)) for column in zip(*rounds, strict=True)]
+
+
+def median(same: list[Measurement]) -> Measurement:
+    def middle(field: str) -> float:
+        return float(statistics.median(getattr(m, field) for m in same))
+
+    fields = ("tokens_per_second", "step_ms", "overhead_ms", "used", "share")
+    return Measurement(load=same[0].load, size=same[0].size, **{field: middle(field) for field in fields})
+
+
+def table_of(measurements: list[Measurement], load: Load, isa: str, threads: int) -> Table:
+    table = Table(
+        title=f"{load.model}, {isa}, {threads} threads, {cpu_name()}",
+        caption=f"limits: {load.read_limit:.1f} GB/s read, {load.int8_limit:.3f} Tops/s int8",
+    )
+    for column in ("load", "tok/s", "ms", "overhead ms", "used", "share of limit"):
+        table.add_column(column, justify="left" if column == "load" else "right")
+    for m in measurements:
+        decoding = m.load == "decode"
+        table.add_row(
+            f"decode, {m.size} stream{'s' * (m.size > 1)}" if decoding else f"prefill of {m.size} tokens",
+            f"{m.tokens_per_second:.0f}",
+            f"{m.step_ms:.2f}",
+            f"{m.overhead_ms:.3f}",
+            f"{m.used:.1f} GB/s" if decoding else f"{m.used:.3f} Tops/s",
+            f"{m.share:.0%}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="alias or source (default: %(default)s)")
+    parser.add_argument("--isa", default="auto", help=f"auto or one of {', '.join(available_isas())}")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="default: every CPU of this process")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is shown")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    try:
+        isa = select_isa(args.isa)
+    except ConfigError as error:
+        parser.error(str(error))
+    if isa == "reference" or args.threads < 1 or args.repeats < 1:
+        parser.error("a native build, at least one thread and at least one repeat are needed")
+
+    with RichProgress() as bars:
+        model = load_model(args.model, progress=bars)
+    limits = measure_limits(isa, args.threads, args.repeats)
+    load = Load(model, limits, isa=isa, threads=args.threads)
+    try:
+        measurements = measure(load, args.repeats)
+    finally:
+        load.core.close()
+        model.close()
+    Console(width=140).print(table_of(measurements, load, isa, args.threads))
+    if args.json:
+        figures = {"cpu": cpu_name(), "model": model.name, "isa": isa, "threads": args.threads}
+        figures |= {"limits": asdict(limits), "loads": [asdict(m) for m in measurements]}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
