@@ -228,6 +228,8 @@ class Scheduler:
 
         Returns 0 where even that one does not fit and nobody comes after `seq`: it waits with what it has.
         """
+        if seq.num_computed + num_tokens <= len(seq.blocks) * BLOCK_SIZE:
+            return num_tokens  # 31 of 32 decode steps
         while (room := (len(seq.blocks) + self.pool.num_free) * BLOCK_SIZE - seq.num_computed) < 1:
             victim = self._running[-1]
             if victim is seq:

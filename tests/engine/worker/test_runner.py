@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import copy
-import time
 
-import numpy as np
 import pytest
 
 from engine.kernels.batch import Int32, StepBatch
@@ -170,22 +168,3 @@ def test_time_in_the_program_is_counted_by_the_clock() -> None:
     bench.finish()
     assert bench.runner.num_steps == 4
     assert bench.runner.step_seconds == 4.0
-
-
-class Instant(FakeProgram):
-    def step(self, batch: StepBatch) -> Int32:
-        return np.full(len(batch.logits_rows), 5, np.int32)
-
-
-def test_a_decode_step_costs_a_fraction_of_a_millisecond() -> None:
-    """The bar is 0.3 ms of Python for 32 requests; ten times that fails here, so that a busy machine does not."""
-    bench = Bench(Instant(num_blocks=32 * MAX_LEN // 32), max_num_seqs=32, budget=512)
-    sampling = SamplingParams(ignore_eos=True, frequency_penalty=0.1)
-    bench.add(*(make_request(str(index), [index, 3], sampling=sampling) for index in range(32)))
-    bench.step()
-    costs = []
-    for _ in range(200):
-        start = time.perf_counter()
-        bench.step()
-        costs.append(time.perf_counter() - start)
-    assert sorted(costs)[len(costs) // 2] < 3e-3
