@@ -44,11 +44,15 @@ class ContentPart(Body):
         )
 
 
+PartList = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
+Content = Annotated[PartList | None, BeforeValidator(_parts)]
+
+
 class Message(Body):
     """One message. Whatever an answer of ours holds may stand here again."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[list[ContentPart] | None, BeforeValidator(_parts), Field(max_length=MAX_PARTS)] = None
+    content: Content = None
     name: str | None = None
     refusal: str | None = None
     reasoning: str | None = None

@@ -41,8 +41,10 @@ def _bias_keys(value: Any) -> Any:
 
 
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
-Stops = Annotated[list[StopString] | None, BeforeValidator(_stops), Field(max_length=MAX_STOPS)]
-LogitBias = Annotated[dict[int, float] | None, BeforeValidator(_bias_keys), Field(max_length=MAX_LOGIT_BIAS)]
+StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+Stops = Annotated[StopList | None, BeforeValidator(_stops)]
+BiasMap = Annotated[dict[int, float], Field(max_length=MAX_LOGIT_BIAS)]
+LogitBias = Annotated[BiasMap | None, BeforeValidator(_bias_keys)]
 
 
 class Body(BaseModel):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import uvicorn
 
 from server.app import create_app
+from server.protocol import BoundedProtocol
 from server.routes.service import Service
+from server.serving import bind
 from server.settings import Settings
 from tests.server.fakes import FakeEngine, FakeText
 
@@ -36,16 +39,17 @@ async def client_for(
     app = create_app(configured or settings(), engine, FakeText())
     async with app.router.lifespan_context(app):
         service: Service = app.state.service
-        while not service.started:
-            await loop_turn()
+        await wait_until(lambda: service.started)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url=base_url) as client:
             yield client
 
 
-async def loop_turn() -> None:
-    """Let every task that can run do so once."""
-    await asyncio.sleep(0)
+async def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Let other tasks run until a condition holds; TimeoutError after a time that only a fault can take."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  # conditions of others, who set no event
+            await asyncio.sleep(0)
 
 
 def chunks_of(body: str) -> list[dict[str, Any]]:
@@ -62,3 +66,27 @@ def text_of(chunks: list[dict[str, Any]]) -> dict[int, str]:
         for choice in chunk["choices"]:
             texts[choice["index"]] += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
     return dict(texts)
+
+
+@asynccontextmanager
+async def listening(
+    engine: FakeEngine, configured: Settings | None = None, *, head_timeout: float = 60.0
+) -> AsyncIterator[str]:
+    """The application behind a real uvicorn on loopback; yields its address."""
+
+    class Protocol(BoundedProtocol):
+        pass
+
+    Protocol.head_timeout = head_timeout
+    app = create_app(configured or settings(), engine, FakeText())
+    config = uvicorn.Config(app, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await wait_until(lambda: engine.ready)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving
