@@ -154,7 +154,10 @@ class Scheduler:
         return plan
 
     def update(self, plan: Plan, chosen: Seq[int]) -> list[TokenDelta]:
-        """Enter what a step computed: `chosen` holds one token for each item of the plan that samples, in order."""
+        """Enter what a step computed: `chosen` holds one token for each item of the plan that samples, in order.
+
+        A token below 0 says that none could be chosen: its request ends with FinishReason.ERROR.
+        """
         self._land(plan)
         deltas: list[TokenDelta] = []
         tokens = iter(chosen)
@@ -167,7 +170,10 @@ class Scheduler:
             self._computed(seq, item.start + item.num_tokens)
             if not item.samples:
                 continue
-            assert token >= 0, f"{seq.request.request_id}: the program chose token {token}"
+            if token < 0:  # bias, mask and stop rules left nothing, or the logits were not numbers
+                self._end(seq)
+                deltas.append(_last_delta(seq, FinishReason.ERROR, "No token was allowed or had a finite logit."))
+                continue
             seq.tokens.append(token)
             self.num_output_tokens += 1
             reason = seq.finish_reason()
