@@ -462,8 +462,8 @@ def test_a_failed_step_ends_its_requests_and_spares_the_others() -> None:
 
 def test_a_request_for_which_no_token_can_be_chosen_ends_alone() -> None:
     scheduler = make_scheduler()
-    scheduler.add(make_request("stuck", prompt(5), forever(4)))
-    scheduler.add(make_request("fine", prompt(5, first=9), forever(4)))
+    scheduler.add(make_request("stuck", prompt(5), sampling=forever(4)))
+    scheduler.add(make_request("fine", prompt(5, first=9), sampling=forever(4)))
     deltas = finish(scheduler, lambda seq: -1 if seq.request.request_id == "stuck" and seq.num_output == 1 else 7)
     ends = {delta.request_id: delta for delta in deltas if delta.finish_reason}
     assert ends["stuck"].finish_reason is FinishReason.ERROR and "No token" in (ends["stuck"].error or "")
