@@ -1,0 +1,218 @@
+"""The command line: help, errors and exit statuses, ports; the chat in a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from engine.errors import ConfigError, EngineError
+from engine.request import SamplingParams
+from server.cli import INTERRUPTED, WRONG_CONFIG, app, told
+from server.serving import bind
+from server.settings import options
+from server.terminal import Conversation, LocalPartner, Messages, RemotePartner
+from tests.server.fakes import FakeEngine, FakeText, say
+from tests.server.support import listening
+
+ROOT = Path(__file__).resolve().parents[2]
+cli = CliRunner()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "-h"], ["chat", "--help"], ["pull", "-h"], ["models", "-h"]]
+)
+def test_help(arguments: list[str]) -> None:
+    result = cli.invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_the_help_of_serve_names_every_setting() -> None:
+    text = " ".join(cli.invoke(app, ["serve", "--help"], terminal_width=200).output.split())
+    for declared in options():
+        assert declared.flag in text
+        assert declared.environment_name in text.replace(" ", "")
+
+
+def test_version() -> None:
+    result = cli.invoke(app, ["--version"])
+    assert (result.exit_code, result.output.split()[0]) == (0, "seraph")
+
+
+def seraph(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: `serve` sets up logging and signals for the whole process."""
+    command = [sys.executable, "-m", "server.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "many"], "error: --port must be a whole number between 0 and 65535, got 'many'"),
+        (["--host", "0.0.0.0"], "pass --insecure"),
+        (["--host", "no such host", "--insecure"], "is no address of this machine"),
+        (["--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "max_num_batched_tokens"),
+        (["--host", "192.0.2.1", "--insecure", "--port", "0"], "is no address of this machine"),
+    ],
+)
+def test_wrong_settings_exit_with_two(arguments: list[str], said: str) -> None:
+    done = seraph("serve", *arguments)
+    assert done.returncode == WRONG_CONFIG
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_noticed_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = seraph("serve", "no-such-model", "--port", str(port))
+    assert done.returncode == WRONG_CONFIG
+    assert f"Port {port} on 127.0.0.1 is in use" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--port", "0"], ["pull"], ["chat"]])
+def test_an_unknown_model(arguments: list[str]) -> None:
+    done = seraph(arguments[0], "no-such-model", *arguments[1:])
+    assert done.returncode == 1
+    assert "no-such-model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_models_lists_the_catalogue(tmp_path: Path) -> None:
+    result = cli.invoke(app, ["models"], env={"SERAPH_HOME": str(tmp_path)})
+    assert result.exit_code == 0
+    assert "smollm2-135m-instruct" in result.output
+    assert "can be pulled" in result.output
+
+
+def test_ctrl_c_has_its_own_status() -> None:
+    with pytest.raises(typer.Exit) as caught, told():
+        raise KeyboardInterrupt
+    assert caught.value.exit_code == INTERRUPTED
+
+
+def test_bind_takes_a_free_port() -> None:
+    with bind("127.0.0.1", 0) as listener, bind("localhost", 0):
+        assert listener.getsockname()[1] > 0
+        listener.listen()
+        with pytest.raises(ConfigError, match="is in use"):
+            bind("127.0.0.1", listener.getsockname()[1])
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    """`seraph --help` and the first part of `serve` must not wait for the web framework."""
+    heavy = ("fastapi", "uvicorn", "rich.progress", "tokenizers", "httpx")
+    code = f"import sys, server.cli, server.serving; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# The chat
+
+
+@dataclass
+class Script:
+    """A terminal with prepared lines."""
+
+    lines: list[str]
+    written: list[str] = field(default_factory=list)
+
+    def read(self, prompt: str) -> str:
+        if not self.lines:
+            raise EOFError
+        return self.lines.pop(0)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.written)
+
+
+@dataclass
+class Parrot:
+    """Answers with what it was told; fails, or is interrupted, when asked to."""
+
+    heard: list[Messages] = field(default_factory=list)
+
+    async def answer(self, messages: Messages, sampling: SamplingParams) -> AsyncGenerator[str, None]:
+        self.heard.append(messages)
+        said = messages[-1]["content"]
+        if said == "fail":
+            raise EngineError("it failed")
+        yield "you said "
+        if said == "interrupt":
+            raise KeyboardInterrupt
+        yield said
+
+
+def converse(partner: Parrot, *lines: str, system: str = "") -> Script:
+    script = Script(list(lines))
+    with asyncio.Runner() as runner:
+        conversation = Conversation(partner, SamplingParams(), system, read=script.read, write=script.written.append)
+        conversation.run(runner)
+    return script
+
+
+def test_a_conversation_keeps_its_history() -> None:
+    parrot = Parrot()
+    script = converse(parrot, "one", "", "two", "/exit", "never", system="S")
+    assert "you said one" in script.text and "you said two" in script.text
+    assert script.lines == ["never"]
+    assert [message["content"] for message in parrot.heard[1]] == ["S", "one", "you said one", "two"]
+
+
+def test_clear_begins_anew() -> None:
+    parrot = Parrot()
+    converse(parrot, "one", "/clear", "two", system="S")
+    assert [message["content"] for message in parrot.heard[1]] == ["S", "two"]
+
+
+def test_a_failed_turn_leaves_no_trace() -> None:
+    parrot = Parrot()
+    script = converse(parrot, "fail", "two")
+    assert "error: it failed" in script.text
+    assert [message["content"] for message in parrot.heard[1]] == ["two"]
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_came() -> None:
+    parrot = Parrot()
+    script = converse(parrot, "interrupt", "two")
+    assert "[interrupted]" in script.text
+    assert [message["content"] for message in parrot.heard[1]] == ["interrupt", "you said ", "two"]
+
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+async def test_a_local_partner() -> None:
+    engine = FakeEngine(lambda request: say(request, "Hello"))
+    await engine.start()
+    partner = LocalPartner(engine, FakeText())
+    assert "".join([piece async for piece in partner.answer(HI, SamplingParams(temperature=0.0))]) == "Hello"
+    assert engine.requests[0].sampling.temperature == 0.0
+
+
+async def test_a_remote_partner() -> None:
+    engine = FakeEngine(lambda request: say(request, "Hello"))
+    async with listening(engine) as url, httpx.AsyncClient(base_url=url) as client:
+        partner = RemotePartner(client, "")
+        assert "".join([piece async for piece in partner.answer(HI, SamplingParams(max_tokens=4))]) == "Hell"
+        with pytest.raises(Exception, match="does not exist here"):
+            _ = [piece async for piece in RemotePartner(client, "other").answer(HI, SamplingParams())]
+
+
+async def test_a_remote_partner_that_is_not_there() -> None:
+    with bind("127.0.0.1", 0) as unheard:
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url) as client:
+            with pytest.raises(EngineError, match="does not answer"):
+                _ = [piece async for piece in RemotePartner(client, "m").answer(HI, SamplingParams())]
