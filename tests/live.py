@@ -1,45 +1,102 @@
-"""A real server for tests: `seraph serve` in a process of its own, on a free loopback port."""
+"""A server in a process of its own, as people start it: `with live_server(...) as server: server.base_url`."""
 
 from __future__ import annotations
 
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+
+_ADDRESS = re.compile(r"^  listening +(http://\S+)$")
+
+
+@dataclass
+class LiveServer:
+    """A running server. `output` grows with what it prints, standard output and error together."""
+
+    process: subprocess.Popen[str]
+    base_url: str
+    ready_seconds: float  # from the start of the process to its ready banner
+    output: list[str] = field(default_factory=list)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30.0) -> int:
+        """Send a signal and wait for the end; returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+
+class StartError(Exception):
+    """The server ended, or did not get ready in time; holds what it printed."""
 
 
 @contextmanager
-def live_server(model: str | Path, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Yields the address of a ready server, http://127.0.0.1:port, and ends it by SIGTERM.
+def live_server(
+    *arguments: str | Path,
+    command: Sequence[str] = (sys.executable, "-m", "server.cli", "serve"),
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 120.0,
+) -> Iterator[LiveServer]:
+    """Start a server on a free loopback port, wait until it is ready, stop it at the end.
 
-    Its log goes to the test's stderr. AssertionError where it does not get ready or does not end well.
+    `arguments` go to `seraph serve`; `environment` is added to ours, without any SERAPH_ names but SERAPH_HOME. Raises
+    StartError.
     """
-    command = [sys.executable, "-m", "server.cli", "serve", str(model), "--port", "0", "--drain-timeout", "2", *flags]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SERAPH_")}
-    kept = {"SERAPH_HOME": os.environ["SERAPH_HOME"]} if "SERAPH_HOME" in os.environ else {}
+    for name in ("SERAPH_HOME",):
+        if name in os.environ:
+            inherited[name] = os.environ[name]
+    inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    inherited["PYTHONUNBUFFERED"] = "1"
+    started = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=inherited | kept | dict(environment or {})
+        [*command, "--port", "0", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**inherited, **(environment or {})},
     )
-    try:
+    output: list[str] = []
+    addresses: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
         assert process.stdout is not None
-        banner = []
-        for line in process.stdout:  # ends when the server does
-            banner.append(line)
-            if found := re.search(r"listening +(http://\S+)", line):
-                yield found[1]
-                break
-        else:
-            raise AssertionError(f"the server ended with status {process.wait()}: {''.join(banner)}")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        for line in process.stdout:
+            output.append(line.rstrip("\n"))
+            if match := _ADDRESS.match(output[-1]):
+                addresses.put(match[1])
+        addresses.put(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        try:
+            address = addresses.get(timeout=timeout)
+        except queue.Empty:
+            raise StartError(f"not ready after {timeout:g} s:\n" + "\n".join(output)) from None
+        if address is None:
+            raise StartError(f"exited with status {process.wait(timeout)}:\n" + "\n".join(output))
+        yield LiveServer(process, address, time.monotonic() - started, output)
     finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(20.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        reader.join()
+        assert process.stdout is not None
+        process.stdout.close()

@@ -25,8 +25,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("live")
     model = folder / "tiny.gguf"
     TinyLlama().write(model)
-    with live_server(model, "--api-key", KEY, environment={"SERAPH_HOME": str(folder / "home")}) as url:
-        yield url
+    with live_server(model, "--api-key", KEY, environment={"SERAPH_HOME": str(folder / "home")}) as server:
+        yield server.base_url
 
 
 def run(*command: str, url: str, given: str = "") -> str:
