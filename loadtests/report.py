@@ -11,7 +11,6 @@ from typing import Any
 
 from loadtests.events import Heard
 
-
 MAX_REASONS = 8
 """Reasons of failure that are told apart in a table, the most frequent first; JSON has all."""
 
