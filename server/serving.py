@@ -110,6 +110,18 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def watch_peers(listener: socket.socket, seconds: float) -> None:
+    """Have the kernel end connections whose peer is gone, or takes nothing that is sent, for that long.
+
+    Connections inherit this from the listener. Their end is then a disconnect like any other, which frees what the
+    request holds; without it a peer that never reads would keep its place at the gate for ever.
+    """
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(seconds / 2)))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(seconds / 6)))
+
+
 def _unavailable(host: str, port: int, error: OSError) -> ConfigError:
     match error.errno:
         case errno.EADDRINUSE:
@@ -196,6 +208,7 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
                 *tasks, engine.stop(drain=0.0)
             )  # uvicorn leaves the lifespan's end out where it was told to hurry
 
+    watch_peers(listener, settings.send_timeout)
     try:
         listener.listen(BACKLOG)  # before the address is printed, so that nobody who reads it is refused
     except OSError as error:

@@ -180,6 +180,11 @@ class Settings:
     body_timeout: float = option(
         60.0, "Time a caller has to deliver its headers, and again its body.", _seconds(0.05, 3600)
     )
+    send_timeout: float = option(
+        60.0,
+        "Time a caller may be unreachable, or take nothing of its answer, before it is cut off.",
+        _seconds(1, 3600),
+    )
     drain_timeout: float = option(30.0, "Time that running requests have to finish after SIGTERM.", _seconds(0, 3600))
     log_level: str = option("info", "Least severe messages to log.", _choice(*LOG_LEVELS))
 

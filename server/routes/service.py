@@ -134,7 +134,7 @@ class Service:
                     group_id=f"{answer_id}-{p}" if body.num_choices > 1 else "",
                     priority=body.priority or 0,
                     tenant=principal.tenant,
-                    cache_salt=f"{principal.tenant}\n{body.cache_salt}" if body.cache_salt else principal.tenant,
+                    cache_salt=body.cache_salt or "",  # the engine keeps tenants apart by itself
                 )
                 choices.append(Choice(index, request, self.text.stream(sampling.stop, sampling.min_tokens)))
         return choices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import uvicorn
 from server.app import create_app
 from server.protocol import BoundedProtocol
 from server.routes.service import Service
-from server.serving import bind
+from server.serving import bind, watch_peers
 from server.settings import Settings
 from tests.server.fakes import FakeEngine, FakeText
 
@@ -70,7 +71,11 @@ def text_of(chunks: list[dict[str, Any]]) -> dict[int, str]:
 
 @asynccontextmanager
 async def listening(
-    engine: FakeEngine, configured: Settings | None = None, *, head_timeout: float = 60.0
+    engine: FakeEngine,
+    configured: Settings | None = None,
+    *,
+    head_timeout: float = 60.0,
+    send_buffer: int | None = None,
 ) -> AsyncIterator[str]:
     """The application behind a real uvicorn on loopback; yields its address."""
 
@@ -78,10 +83,14 @@ async def listening(
         pass
 
     Protocol.head_timeout = head_timeout
-    app = create_app(configured or settings(), engine, FakeText())
+    configured = configured or settings()
+    app = create_app(configured, engine, FakeText())
     config = uvicorn.Config(app, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False)
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:
+        watch_peers(listener, configured.send_timeout)
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.listen()
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,6 +206,26 @@ async def test_a_disconnect_aborts(stream: bool, n: int) -> None:
         async with httpx.AsyncClient() as client:
             metrics = (await client.get(url + "/metrics")).text
         assert "seraph_sequences 0.0" in metrics
+
+
+async def test_a_caller_that_reads_nothing_is_cut_off() -> None:
+    engine = FakeEngine(lambda r: [delta(r, i, "x") for i in range(4000)], max_model_len=10_000)
+    async with listening(engine, settings(send_timeout=1.0), send_buffer=8192) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(peer, (host, int(port)))
+            body = json.dumps(chat(stream=True)).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+            await loop.sock_sendall(peer, head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
+            async with httpx.AsyncClient() as client, asyncio.timeout(20):
+                while "seraph_sequences 1.0" not in (await client.get(url + "/metrics")).text:
+                    pass
+                while "seraph_sequences 0.0" not in (await client.get(url + "/metrics")).text:
+                    pass
+    assert engine.running == set()
 
 
 async def test_a_full_house_is_503_and_empties_again() -> None:
