@@ -95,7 +95,8 @@ async def run(url: str, model: str, concurrency: int, requests: int, tokens: int
     """Run the closed loop once."""
     seeds = iter(range(first_seed, first_seed + requests))
     streams: list[Stream] = []
-    limits = httpx.Limits(max_connections=concurrency)
+    # A connection per request: some servers close theirs after a stream, and a reused one then fails.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
 
         async def worker() -> None:
@@ -133,7 +134,10 @@ def main() -> None:
     seed = args.seed
     for concurrency in args.concurrency:
         requests = args.requests or max(3, 2 * concurrency)
-        figures = asyncio.run(run(args.url, args.model, concurrency, requests, args.tokens, seed))
+        try:
+            figures = asyncio.run(run(args.url, args.model, concurrency, requests, args.tokens, seed))
+        except* (httpx.HTTPError, ValueError) as group:
+            parser.exit(1, f"{args.url}: {group.exceptions[0]!r}\n")
         seed += requests
         print(json.dumps(asdict(figures)), flush=True)
 
