@@ -28,6 +28,8 @@ void quantize_row(const float* x, int k, const QuantRows& to, int row) {
 
 namespace {
 
+constexpr int kRowBytes = kStrip / 2 * 4; // four bytes of each output of a half
+
 // Unrolled, sums stay in registers. A portable build has none wide enough, and unrolling its byte products takes the
 // compiler minutes.
 #if defined(SERAPH_ISA_PORTABLE)
@@ -42,7 +44,6 @@ template <int BITS, bool MIN, int R>
 SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, const uint16_t* mins, const int8_t* q,
                              int64_t k, const float* scale, const float* scaled_sum, const int32_t* start,
                              int64_t groups, float* out) {
-    constexpr int kRowBytes = BITS == 4 ? 256 : 512; // of one vector of 16 outputs
     GroupDot<BITS> dot[R][2];
 #pragma GCC unroll kUnroll
     for (int r = 0; r < R; ++r) {
@@ -58,7 +59,7 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
     if constexpr (BITS == 4) {
 #pragma GCC unroll kUnroll
         for (int octet = 0; octet < 4; ++octet) {
-            const I32 w0 = load_i32(quants + octet * 64), w1 = load_i32(quants + kRowBytes + octet * 64);
+            const I32 w0 = load_i32(quants + octet * kRowBytes), w1 = load_i32(quants + octet * kRowBytes + 64);
             const I32 low0 = low_nibbles(w0), low1 = low_nibbles(w1);
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
@@ -77,7 +78,7 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
     } else {
 #pragma GCC unroll kUnroll
         for (int quad = 0; quad < 8; ++quad) {
-            const I32 w0 = load_i32(quants + quad * 64), w1 = load_i32(quants + kRowBytes + quad * 64);
+            const I32 w0 = load_i32(quants + quad * kRowBytes), w1 = load_i32(quants + quad * kRowBytes + 64);
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
                 const I32 a = broadcast_quad(q + r * k + quad * 4);
@@ -106,6 +107,9 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
         store(to, y0);
         store(to + kLanes, y1);
     }
+    // Without this GCC carries the float sums of one group over to the next in copies on the stack (predictive
+    // commoning), which costs a fifth of the time at 8 rows.
+    asm volatile("" ::: "memory");
 }
 
 // Cells are read in the order they lie in memory and nothing is prefetched: with one sequential stream per thread the
@@ -180,14 +184,14 @@ void dequantize_row(const Matrix& w, int n, float* out) {
         store(d, load_f16(scales));
         if (w.min)
             store(m, load_f16(scales + kStrip));
-        const uint8_t* quants = cell + vector * (w.quant_bytes() / 4) + (lane % kLanes) * 4;
+        const uint8_t* quants = cell + lane / 32 * (w.quant_bytes() / 2) + lane % 32 * 4;
         for (int k = 0; k < kGroup; ++k) {
             int quant;
             if (w.bits == 4) {
-                const uint8_t byte = quants[k / 8 * 64 + k % 4];
+                const uint8_t byte = quants[k / 8 * kRowBytes + k % 4];
                 quant = k % 8 < 4 ? byte & 15 : byte >> 4;
             } else {
-                quant = quants[k / 4 * 64 + k % 4];
+                quant = quants[k / 4 * kRowBytes + k % 4];
             }
             const float scaled = d[lane % kLanes] * static_cast<float>(quant - zero_point);
             out[g * kGroup + k] = w.min ? scaled + m[lane % kLanes] : scaled;
