@@ -18,7 +18,7 @@ models=$(ask /v1/models)
 echo "$models"
 model=$(printf %s "$models" | sed 's/.*"id": *"\([^"]*\)".*/\1/')
 
-messages='[{"role": "user", "content": "What is the capital of France?"}]'
+messages='[{"role": "user", "content": "Tell me the capital of France."}]'
 ask /v1/chat/completions -d "{\"model\": \"$model\", \"messages\": $messages, \"temperature\": 0, \"max_tokens\": 20}"
 echo
 ask /v1/chat/completions \

@@ -15,7 +15,7 @@ def main() -> None:
     base_url = os.environ.get("SERAPH_BASE_URL", "http://127.0.0.1:8000")
     client = OpenAI(base_url=f"{base_url}/v1", api_key=os.environ.get("SERAPH_API_KEY", "none"))
     model = client.models.list().data[0].id
-    question: ChatCompletionUserMessageParam = {"role": "user", "content": "What is the capital of France?"}
+    question: ChatCompletionUserMessageParam = {"role": "user", "content": "Tell me the capital of France."}
 
     answer = client.chat.completions.create(model=model, messages=[question], temperature=0, max_tokens=20)
     print(answer.choices[0].message.content)
