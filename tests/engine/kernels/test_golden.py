@@ -113,6 +113,20 @@ def test_default_native(default_model: PackedModel, default_golden: Arrays, prog
     assert cosines(logits, default_golden["full_logits"].astype(np.float32)).mean() >= 0.999
 
 
+def test_default_native_at_every_position(
+    default_model: PackedModel, default_golden: Arrays, program_factory: ProgramFactory
+) -> None:
+    """Against float32 at every position of the prompts: the numpy float32 logits, which the golden ones hold to 1e-5."""
+    spec = default_model.info.spec
+    exact = ReferenceProgram(
+        spec, default_model.weights, num_blocks=DEFAULT_BLOCKS, activations="float32", kv_dtype="float32"
+    )
+    program = program_factory(spec, default_model.weights, num_blocks=DEFAULT_BLOCKS, threads=available_cpus())
+    native, expected = (default_logits(p, spec, default_golden) for p in (program, exact))
+    assert len(native) >= 128
+    assert cosines(native, expected).mean() >= 0.999
+
+
 def test_default_twin(default_model: PackedModel, default_golden: Arrays, make_program: ProgramFactory) -> None:
     """The best native build gives the twin's bits through all layers, so what holds of one holds of the other."""
     spec = default_model.info.spec
