@@ -116,7 +116,7 @@ def test_default_native(default_model: PackedModel, default_golden: Arrays, prog
 def test_default_native_at_every_position(
     default_model: PackedModel, default_golden: Arrays, program_factory: ProgramFactory
 ) -> None:
-    """Against float32 at every position of the prompts: the numpy float32 logits, which the golden ones hold to 1e-5."""
+    """Against float32 at every position of the prompts: the numpy logits, which the golden ones hold to 1e-5."""
     spec = default_model.info.spec
     exact = ReferenceProgram(
         spec, default_model.weights, num_blocks=DEFAULT_BLOCKS, activations="float32", kv_dtype="float32"
