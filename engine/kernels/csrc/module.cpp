@@ -109,7 +109,7 @@ class Program {
   public:
     Program(const DecoderShape& shape, const std::vector<Floats>& vectors, const std::vector<PackedMatrix>& matrices,
             bool tied, Floats rope_cos, Floats rope_sin, int num_blocks, int threads)
-        : vectors_(vectors), rope_cos_(rope_cos), rope_sin_(rope_sin), num_blocks_(num_blocks) {
+        : vectors_(vectors), rope_cos_(rope_cos), rope_sin_(rope_sin) {
         const size_t layers = static_cast<size_t>(shape.num_layers);
         if (vectors.size() != 2 * layers + 1 || matrices.size() != 4 * layers + (tied ? 1 : 2)) {
             throw std::invalid_argument("Program: wrong number of tensors");
@@ -171,8 +171,6 @@ class Program {
         }
     }
 
-    int num_previous() const { return static_cast<int>(previous_.size()); }
-
     void close() {
         decoder_.reset();
         kv_.reset();
@@ -188,7 +186,6 @@ class Program {
     std::vector<Floats> vectors_; // kept alive: the decoder points into them
     std::vector<Bytes> bytes_;
     Floats rope_cos_, rope_sin_;
-    int num_blocks_;
     int64_t block_bytes_;
     std::unique_ptr<Pages> kv_;
     std::unique_ptr<Decoder> decoder_;
@@ -295,7 +292,6 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("logits_rows"), nb::arg("causal"),
              nb::arg("sampling").none(), nb::arg("logits").none(), nb::arg("hidden").none(), nb::arg("chosen"))
         .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
-        .def_prop_ro("num_previous", &Program::num_previous)
         .def("close", &Program::close);
     m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
     m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"));

@@ -1,0 +1,137 @@
+// simd.h for AVX-512 with VNNI: one register holds the sixteen lanes. Included by simd.h alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace seraph {
+
+struct F32 {
+    __m512 v;
+};
+struct I32 {
+    __m512i v;
+};
+using Mask = __mmask16;
+
+SERAPH_INLINE F32 zero_f32() {
+    return {_mm512_setzero_ps()};
+}
+SERAPH_INLINE F32 set1(float x) {
+    return {_mm512_set1_ps(x)};
+}
+SERAPH_INLINE F32 load(const float* p) {
+    return {_mm512_loadu_ps(p)};
+}
+SERAPH_INLINE void store(float* p, F32 a) {
+    _mm512_storeu_ps(p, a.v);
+}
+SERAPH_INLINE F32 operator+(F32 a, F32 b) {
+    return {_mm512_add_ps(a.v, b.v)};
+}
+SERAPH_INLINE F32 operator-(F32 a, F32 b) {
+    return {_mm512_sub_ps(a.v, b.v)};
+}
+SERAPH_INLINE F32 operator*(F32 a, F32 b) {
+    return {_mm512_mul_ps(a.v, b.v)};
+}
+SERAPH_INLINE F32 operator/(F32 a, F32 b) {
+    return {_mm512_div_ps(a.v, b.v)};
+}
+SERAPH_INLINE F32 fma(F32 a, F32 b, F32 c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+SERAPH_INLINE F32 max(F32 a, F32 b) {
+    return {_mm512_max_ps(a.v, b.v)};
+}
+SERAPH_INLINE F32 min(F32 a, F32 b) {
+    return {_mm512_min_ps(a.v, b.v)};
+}
+SERAPH_INLINE F32 abs(F32 a) {
+    return {_mm512_abs_ps(a.v)};
+}
+SERAPH_INLINE Mask less(F32 a, F32 b) {
+    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ);
+}
+SERAPH_INLINE Mask first_lanes(int n) {
+    return static_cast<Mask>((1u << n) - 1u);
+}
+SERAPH_INLINE F32 select(Mask m, F32 yes, F32 no) {
+    return {_mm512_mask_blend_ps(m, no.v, yes.v)};
+}
+
+SERAPH_INLINE I32 set1_i32(int32_t x) {
+    return {_mm512_set1_epi32(x)};
+}
+SERAPH_INLINE I32 load_i32(const void* p) {
+    return {_mm512_loadu_si512(p)};
+}
+SERAPH_INLINE void store(int32_t* p, I32 a) {
+    _mm512_storeu_si512(p, a.v);
+}
+SERAPH_INLINE I32 operator+(I32 a, I32 b) {
+    return {_mm512_add_epi32(a.v, b.v)};
+}
+SERAPH_INLINE F32 to_f32(I32 a) {
+    return {_mm512_cvtepi32_ps(a.v)};
+}
+SERAPH_INLINE I32 round_i32(F32 a) {
+    return {_mm512_cvtps_epi32(a.v)};
+} // to nearest, ties to even
+template <int N>
+SERAPH_INLINE I32 shift_left(I32 a) {
+    return {_mm512_slli_epi32(a.v, N)};
+}
+SERAPH_INLINE F32 as_f32(I32 a) {
+    return {_mm512_castsi512_ps(a.v)};
+}
+
+SERAPH_INLINE F32 load_f16(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// A register of bf16 pairs: `even` are the low, `odd` the high halves of its 16 lanes.
+SERAPH_INLINE F32 bf16_even(I32 a) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))};
+}
+SERAPH_INLINE F32 bf16_odd(I32 a) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+SERAPH_INLINE I32 low_nibbles(I32 a) {
+    return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))};
+}
+SERAPH_INLINE I32 high_nibbles(I32 a) {
+    return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+
+SERAPH_INLINE float reduce_add(F32 a) {
+    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+SERAPH_INLINE float reduce_max(F32 a) {
+    return _mm512_reduce_max_ps(a.v);
+}
+SERAPH_INLINE int32_t reduce_add(I32 a) {
+    return _mm512_reduce_add_epi32(a.v);
+}
+
+// 16 int32 in [-128, 127] to bytes.
+SERAPH_INLINE void store_i8(int8_t* p, I32 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+SERAPH_INLINE I32 load_i8(const int8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
+// The integer dot product of one group: lane c gathers sum(w[c][k] * a[k]) over the group's quads of inputs.
+template <int BITS>
+struct GroupDot {
+    __m512i sum;
+    SERAPH_INLINE void start(I32 from) { sum = from.v; }
+    SERAPH_INLINE void add(I32 w, I32 a) { sum = _mm512_dpbusd_epi32(sum, w.v, a.v); }
+    SERAPH_INLINE I32 finish() const { return {sum}; }
+};
+
+} // namespace seraph
