@@ -8,21 +8,17 @@ scheduler, the arrays and the books, in Python.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import Limits, cpu_name, measure_limits
-from engine.config import DEFAULT_MODEL, EngineConfig, available_cpus
+from benchmarks.machine import Limits, cpu_name, measure_limits, parse_options, write_json
+from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.core import EngineCore
-from engine.errors import ConfigError
-from engine.kernels import available_isas, select_isa
 from engine.request import Request, SamplingParams
 from engine.weights import PackedModel, load_model
 from engine.weights.progress_bar import RichProgress
@@ -170,17 +166,8 @@ def table_of(measurements: list[Measurement], load: Load, isa: str, threads: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="alias or source (default: %(default)s)")
-    parser.add_argument("--isa", default="auto", help=f"auto or one of {', '.join(available_isas())}")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="default: every CPU of this process")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is shown")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
-    try:
-        isa = select_isa(args.isa)
-    except ConfigError as error:
-        parser.error(str(error))
-    if isa == "reference" or args.threads < 1 or args.repeats < 1:
-        parser.error("a native build, at least one thread and at least one repeat are needed")
+    args = parse_options(parser)
+    isa: str = args.isa
 
     with RichProgress() as bars:
         model = load_model(args.model, progress=bars)
@@ -195,8 +182,7 @@ def main() -> None:
     if args.json:
         figures = {"cpu": cpu_name(), "model": model.name, "isa": isa, "threads": args.threads}
         figures |= {"limits": asdict(limits), "loads": [asdict(m) for m in measurements]}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

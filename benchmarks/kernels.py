@@ -7,21 +7,16 @@ The larger of the two times is its limit; the share is that limit over the time 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import Limits, cpu_name, measure_limits, native_build
-from engine.config import available_cpus
-from engine.errors import ConfigError
-from engine.kernels import available_isas, select_isa
+from benchmarks.machine import Limits, cpu_name, measure_limits, native_build, parse_options, write_json
 from engine.kernels.layout import Correction, MatrixFormat
 
 ROWS = (1, 4, 8, 32, 128)
@@ -107,25 +102,15 @@ def table_of(measurements: list[Measurement], limits: Limits, isa: str, threads:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isa", default="auto", help=f"auto or one of {', '.join(available_isas())}")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="default: every CPU of this process")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is shown")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
-    try:
-        isa = select_isa(args.isa)
-    except ConfigError as error:
-        parser.error(str(error))
-    if isa == "reference" or args.threads < 1 or args.repeats < 1:
-        parser.error("a native build, at least one thread and at least one repeat are needed")
+    args = parse_options(parser)
+    isa: str = args.isa
 
     limits = measure_limits(isa, args.threads, args.repeats)
     measurements = list(measure(native_build(isa), limits, args.threads, args.repeats))
     Console(width=140).print(table_of(measurements, limits, isa, args.threads))
     if args.json:
         figures = {"cpu": cpu_name(), "isa": isa, "threads": args.threads, "limits": asdict(limits)}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures | {"projections": [asdict(m) for m in measurements]}, indent=2) + "\n")
+        write_json(args.json, figures | {"projections": [asdict(m) for m in measurements]})
 
 
 if __name__ == "__main__":

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from engine.config import available_cpus
+from engine.errors import ConfigError
+from engine.kernels import available_isas, select_isa
 from engine.kernels.native import build
 
 BYTES = 256 << 20
@@ -51,3 +57,25 @@ def cpu_name() -> str:
     except OSError:
         return "unknown processor"
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+
+
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line with the options that every benchmark has; `isa` comes back resolved to a native build."""
+    parser.add_argument("--isa", default="auto", help=f"auto or one of {', '.join(available_isas())}")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="default: every CPU of this process")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is shown")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    try:
+        args.isa = select_isa(args.isa)
+    except ConfigError as error:
+        parser.error(str(error))
+    if args.isa == "reference" or args.threads < 1 or args.repeats < 1:
+        parser.error("a native build, at least one thread and at least one repeat are needed")
+    return args
+
+
+def write_json(path: Path, figures: Mapping[str, object]) -> None:
+    """Write figures to a file, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n")
