@@ -1,21 +1,24 @@
-"""The packed layout of quantized matrices: what is on disk, what is mapped, and what every kernel reads.
+"""The packed layouts of matrices, quantized and bfloat16: what is on disk, what is mapped, what every kernel reads.
 
 A matrix [outputs n, inputs k] is cut into strips of 64 outputs and groups of 32 inputs. One strip's groups follow one
 another, so a strip is one sequential stream. Each (strip, group) cell holds, without padding:
 
-    quants   2 halves of 32 outputs; each is 4 (4-bit) or 8 (8-bit) rows of 128 bytes
-    scales   float16 [64]
+    values   2 halves of 32 outputs; each is 4 (4-bit), 8 (8-bit) or 16 (bfloat16) rows of 128 bytes
+    scales   float16 [64], only where values are quants
     mins     float16 [64], only with Correction.MIN
 
-A 128-byte row is 32 lanes of 4 bytes, one lane an output. 8-bit: row r holds inputs 4r to 4r + 3 of the group. 4-bit:
-row r holds inputs 8r to 8r + 3 in the low and 8r + 4 to 8r + 7 in the high nibbles. A kernel works on the 32 outputs of
-a half at once, so it reads every cell in the order of its bytes: with the two vectors of a row 512 bytes apart, 8-bit
-weights streamed from memory at 9 GB/s where they now do at 24. Quants are unsigned:
+A 128-byte row is 32 lanes of 4 bytes, one lane an output. bfloat16: row r holds inputs 2r and 2r + 1 of the group.
+8-bit: row r holds inputs 4r to 4r + 3. 4-bit: row r holds inputs 8r to 8r + 3 in the low and 8r + 4 to 8r + 7 in the
+high nibbles. A kernel works on the 32 outputs of a half at once, so it reads every cell in the order of its bytes: with
+the two vectors of a row 512 bytes apart, 8-bit weights streamed from memory at 9 GB/s where they now do at 24. Quants
+are unsigned:
 
     weight = scale * (quant - zero_point)    Correction.ZERO_POINT, zero_point 8 (4-bit) or 128 (8-bit)
     weight = scale * quant + min             Correction.MIN
+    weight = value                           Correction.NONE, bfloat16
 
-Outputs are padded to whole strips with zero scales (and mins), so that padding computes exact zeros.
+Outputs are padded to whole strips with zeros (values of bfloat16, scales and mins of quants), so that padding computes
+exact zeros.
 """
 
 from __future__ import annotations
@@ -36,10 +39,11 @@ LANES = 16
 
 
 class Correction(enum.IntEnum):
-    """How an unsigned quant becomes a weight."""
+    """How a stored value becomes a weight."""
 
     ZERO_POINT = 0
     MIN = 1
+    NONE = 2  # bfloat16, and only that
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,16 @@ class MatrixFormat:
 
     n: int  # outputs
     k: int  # inputs, a multiple of GROUP
-    bits: int  # 4 or 8
+    bits: int  # 4 or 8: quants; 16: bfloat16
     correction: Correction
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.k < GROUP or self.k % GROUP:
             raise ValueError(f"packed matrix [{self.n}, {self.k}]: inputs must be a positive multiple of {GROUP}")
-        if self.bits not in (4, 8):
-            raise ValueError(f"packed matrix: bits must be 4 or 8, got {self.bits}")
+        if self.bits not in (4, 8, 16):
+            raise ValueError(f"packed matrix: bits must be 4, 8 or 16, got {self.bits}")
+        if (self.bits == 16) != (self.correction is Correction.NONE):
+            raise ValueError(f"packed matrix: {self.bits} bits do not go with {self.correction.name}")
 
     @property
     def num_strips(self) -> int:
@@ -66,13 +72,22 @@ class MatrixFormat:
         return self.k // GROUP
 
     @property
+    def is_quantized(self) -> bool:
+        return self.correction is not Correction.NONE
+
+    @property
     def zero_point(self) -> int:
         return 1 << (self.bits - 1)
 
     @property
+    def num_corrections(self) -> int:
+        """float16 values per output and group: scales, mins."""
+        return {Correction.NONE: 0, Correction.ZERO_POINT: 1, Correction.MIN: 2}[self.correction]
+
+    @property
     def cell_bytes(self) -> int:
         """Bytes of one (strip, group) cell."""
-        return STRIP * GROUP * self.bits // 8 + STRIP * 2 * (1 + self.correction)
+        return STRIP * GROUP * self.bits // 8 + STRIP * 2 * self.num_corrections
 
     @property
     def nbytes(self) -> int:
@@ -114,12 +129,45 @@ def pack_matrix(
     return fmt, packed
 
 
+def pack_bf16(values: NDArray[np.uint16]) -> tuple[MatrixFormat, NDArray[np.uint8]]:
+    """Pack the bits of bfloat16 values, uint16 [n, k], into uint8 [nbytes]."""
+    n, k = values.shape
+    fmt = MatrixFormat(n, k, 16, Correction.NONE)
+    s, g = fmt.num_strips, fmt.num_groups
+    padded = np.pad(values, ((0, s * STRIP - n), (0, 0)))
+    # [strip, half, lane, group, row, input] -> [strip, group, half, row, lane, input]
+    cells = padded.reshape(s, 2, HALF, g, GROUP // 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    packed = np.ascontiguousarray(cells, "<u2").view(np.uint8).reshape(-1)
+    assert packed.nbytes == fmt.nbytes
+    return fmt, packed
+
+
+def unpack_bf16(fmt: MatrixFormat, packed: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """The inverse of pack_bf16: bits of bfloat16 values, uint16 [n, k]."""
+    _need_size(fmt, packed)
+    s, g = fmt.num_strips, fmt.num_groups
+    cells = packed.view("<u2").reshape(s, g, 2, GROUP // 2, HALF, 2).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(cells.reshape(s * STRIP, fmt.k)[: fmt.n], np.uint16)
+
+
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Bits of the nearest bfloat16, ties to even, uint16 of the same shape; infinite past the largest."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    # Half of the last kept bit, less one where that bit is 0: a tie then rounds to even. NaN stays one.
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The values of bfloat16 bits, exactly: a bfloat16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def unpack_matrix(
     fmt: MatrixFormat, packed: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16] | None]:
     """The inverse of pack_matrix: quants uint8 [n, k], scales [n, k / 32], mins [n, k / 32] or None."""
-    if packed.nbytes != fmt.nbytes:
-        raise ValueError(f"packed matrix [{fmt.n}, {fmt.k}]: expected {fmt.nbytes} bytes, got {packed.nbytes}")
+    _need_size(fmt, packed)
     s, g = fmt.num_strips, fmt.num_groups
     cells = packed.reshape(s, g, fmt.cell_bytes)
     quant_bytes = STRIP * GROUP * fmt.bits // 8
@@ -138,8 +186,15 @@ def unpack_matrix(
 
 def dequantize(fmt: MatrixFormat, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The weights a packed matrix stands for, float32 [n, k]."""
+    if not fmt.is_quantized:
+        return from_bf16(unpack_bf16(fmt, packed))
     quants, scales, mins = unpack_matrix(fmt, packed)
     q = quants.reshape(fmt.n, fmt.num_groups, GROUP).astype(np.float32)
     d = scales.astype(np.float32)[:, :, None]
     w = d * (q - fmt.zero_point) if mins is None else d * q + mins.astype(np.float32)[:, :, None]
     return w.reshape(fmt.n, fmt.k)
+
+
+def _need_size(fmt: MatrixFormat, packed: NDArray[np.uint8]) -> None:
+    if packed.nbytes != fmt.nbytes:
+        raise ValueError(f"packed matrix [{fmt.n}, {fmt.k}]: expected {fmt.nbytes} bytes, got {packed.nbytes}")

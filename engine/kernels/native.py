@@ -112,7 +112,6 @@ def native_matrix(tensor: PackedTensor) -> tuple[Any, int, int, int, bool]:
 
 
 def rope_tables(rope: RopeSpec, num_positions: int) -> tuple[Any, Any]:
-    """cos and sin of position * theta**(-2 i / dim), computed in float64; float32 [num_positions, dim / 2]."""
-    frequencies = rope.theta ** (-2.0 * np.arange(rope.dim // 2) / rope.dim)
-    angles = np.arange(num_positions)[:, None] * frequencies
+    """cos and sin of each pair's angle at each position, computed in float64; float32 [num_positions, dim / 2]."""
+    angles = np.arange(num_positions)[:, None] * rope.frequencies()
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

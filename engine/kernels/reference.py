@@ -255,9 +255,8 @@ def gated_silu(gate_up: Float32) -> Float32:
 
 
 def rope_tables(positions: Int32, rope: RopeSpec) -> tuple[Float32, Float32]:
-    """cos and sin of position * theta**(-2 i / dim), computed in float64; float32 [T, 1, dim / 2]."""
-    frequencies = rope.theta ** (-2.0 * np.arange(rope.dim // 2) / rope.dim)
-    angles = positions[:, None, None] * frequencies
+    """cos and sin of each pair's angle, computed in float64; float32 [T, 1, dim / 2]."""
+    angles = positions[:, None, None] * rope.frequencies()
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModelError
 
@@ -22,6 +26,12 @@ class RopeSpec:
 
     theta: float
     dim: int  # rotated lanes of each head, from lane 0
+    factors: tuple[float, ...] = ()  # [dim / 2] what each pair's frequency is divided by (rope scaling); empty: by 1
+
+    def frequencies(self) -> NDArray[np.float64]:
+        """Radians per position of each pair of lanes, float64 [dim / 2]."""
+        frequencies = self.theta ** (-2.0 * np.arange(self.dim // 2) / self.dim)
+        return frequencies / np.asarray(self.factors) if self.factors else frequencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,11 @@ class DecoderSpec:
             self.num_heads,
         )
         need(self.rope.dim == self.head_dim, "rope.dim", f"head_dim {self.head_dim}", self.rope.dim)
+        if self.rope.factors:
+            num_pairs = self.rope.dim // 2
+            need(len(self.rope.factors) == num_pairs, "rope.factors", f"{num_pairs} values", len(self.rope.factors))
+            usable = all(0 < factor < float("inf") for factor in self.rope.factors)
+            need(usable, "rope.factors", "positive and finite", self.rope.factors)
         need(self.activation == "silu", "activation", "silu", self.activation)
 
     @property
@@ -118,3 +133,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]  # every token that ends a turn or the text
     add_bos: bool  # the tokenizer puts BOS before plain text
     special_token_ids: tuple[int, ...] = field(default=())
+    checkpoint_format: str = ""  # what the checkpoint stored, as "Q4_1 GGUF" or "BF16 safetensors"
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    """How the checkpoint wants to be sampled, by the API's names: temperature, top_k, top_p, min_p,
+    repetition_penalty, max_tokens. Only what it says."""

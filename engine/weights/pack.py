@@ -30,7 +30,7 @@ from engine.weights.files import free_bytes, need_space, publish, writing
 from engine.weights.progress import Progress
 
 MAGIC = b"SERAPHPK"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATA_ALIGNMENT = 2 << 20
 TENSOR_ALIGNMENT = 64
 MAX_HEADER_BYTES = 256 << 20

@@ -212,7 +212,7 @@ def spec(**changes: object) -> Callable[[dict[str, Any]], object]:
             tensor(0, format={"n": 261, "k": 96, "bits": 4, "correction": 1}),
             "tensor embed: expected shape [261, 64], found [261, 96]",
         ),
-        (tensor(0, format={"n": 261, "k": 64, "bits": 5, "correction": 1}), "bits must be 4 or 8, got 5"),
+        (tensor(0, format={"n": 261, "k": 64, "bits": 5, "correction": 1}), "bits must be 4, 8 or 16, got 5"),
         (tensor(0, format={"n": 261, "k": 64, "bits": 4, "correction": 9}), "Invalid enum value 9"),
         (tensor(0, name="other"), "the table's 8 tensors are not those of its 1 layers"),
         (spec(num_layers=2), "the table's 8 tensors are not those of its 2 layers"),
