@@ -1,42 +1,37 @@
-"""The families that we load, by the name a GGUF file gives its architecture."""
+"""The families that we load: how each is named in a GGUF file and in a Hugging Face folder, and what it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from engine.errors import UnsupportedModelError
 from engine.models import llama
-from engine.models.recipe import Recipe
-from engine.models.spec import DecoderSpec
+from engine.models.blueprint import Blueprint, Description
 
-Metadata = Mapping[str, object]
-Shapes = Mapping[str, tuple[int, ...]]
+Reader = Callable[[Description], Blueprint]
+"""Raises UnsupportedModelError for whatever would make the answer differ from the checkpoint's own."""
 
+GGUF_FAMILIES: Mapping[str, Reader] = {"llama": llama.from_gguf}
+"""By `general.architecture`."""
 
-class Family(Protocol):
-    """What a family's module offers."""
-
-    def read_spec(self, metadata: Metadata, shapes: Shapes) -> DecoderSpec:
-        """The decoder that GGUF `metadata` and the tensors' `shapes` ((outputs, inputs) or (length,)) describe.
-
-        Raises UnsupportedModelError for whatever would make the answer differ from the checkpoint's own.
-        """
-        ...
-
-    def recipes(self, spec: DecoderSpec) -> list[Recipe]:
-        """How each tensor of `spec.tensor_shapes()` is made from the checkpoint's, in that order."""
-        ...
+HUGGINGFACE_FAMILIES: Mapping[str, Reader] = {"llama": llama.from_huggingface, "mistral": llama.from_huggingface}
+"""By config.json's `model_type`."""
 
 
-FAMILIES: Mapping[str, Family] = {"llama": llama}
+def read_gguf(description: Description) -> Blueprint:
+    """The blueprint of a GGUF file. Raises UnsupportedModelError for a family that we do not load."""
+    return _reader(GGUF_FAMILIES, "general.architecture", description)(description)
 
 
-def family_of(metadata: Metadata) -> Family:
-    """The family of a checkpoint; UnsupportedModelError, listing what is supported, for one we do not know."""
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise UnsupportedModelError(
-            f"general.architecture must be one of {', '.join(sorted(FAMILIES))}, the checkpoint has {architecture!r}."
-        )
-    return FAMILIES[architecture]
+def read_huggingface(description: Description) -> Blueprint:
+    """The blueprint of a Hugging Face folder. Raises UnsupportedModelError for a family that we do not load."""
+    return _reader(HUGGINGFACE_FAMILIES, "model_type", description)(description)
+
+
+def _reader(families: Mapping[str, Reader], key: str, description: Description) -> Reader:
+    name = description.config.get(key)
+    reader = families.get(name) if isinstance(name, str) else None
+    if reader is None:
+        known = ", ".join(sorted(families))
+        raise UnsupportedModelError(f"{key} must be one of {known}, the checkpoint has {name!r}.")
+    return reader

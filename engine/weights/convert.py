@@ -1,41 +1,55 @@
-"""From a checked GGUF file to what is packed: a family's recipes, carried out a few MB at a time."""
+"""From a checked checkpoint to what is packed: a family's recipes, carried out a few MB at a time."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import FormatError, UnsupportedModelError
-from engine.kernels.layout import STRIP, Correction, MatrixFormat, pack_matrix
+from engine.config import QUANTIZATIONS
+from engine.errors import ConfigError, FormatError, UnsupportedModelError
+from engine.kernels.layout import GROUP, STRIP, Correction, MatrixFormat, pack_bf16, pack_matrix, to_bf16
 from engine.models.recipe import Part, Recipe
-from engine.models.registry import family_of
 from engine.models.spec import ModelInfo
-from engine.weights.gguf import GgufFile, GgufTensor
-from engine.weights.gguf_tokenizer import read_tokenizer
-from engine.weights.gguf_types import MATRIX_TYPES, VECTOR_TYPES, MatrixType, Quantized, VectorDecoder
+from engine.weights.checkpoint import Checkpoint, StoredTensor, need_finite, read_vector
 from engine.weights.pack import TensorWriter
+from engine.weights.quantize import FLOAT_TARGETS, quantize
+from engine.weights.tensor_types import FLOAT_TYPES, QUANTIZED_TYPES, Quantized
 
-CHUNK_VALUES = 4 << 20
+CHUNK_VALUES = 2 << 20
 """Weights converted at a time; a chunk is whole strips, and at least one."""
 
+_VOCABULARY = frozenset({"embed", "head"})
+"""Tensors that "int4" leaves at 8 bits: every token passes through them, and their rows decide near ties."""
 
-def convert(file: GgufFile) -> tuple[ModelInfo, list[TensorWriter]]:
-    """What `file` holds, and its tensors ready to be packed (their bytes are read when a chunk is asked for).
 
-    Raises UnsupportedModelError for what we do not implement, FormatError for a file that contradicts itself.
+def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple[ModelInfo, list[TensorWriter]]:
+    """What `checkpoint` holds, and its tensors ready to be packed (their bytes are read when a chunk is asked for).
+
+    `quantization` says what becomes of float matrices: "none" (the same as None where all of them are float) keeps
+    them as bfloat16, "int8" and "int4" quantize them. Matrices that are stored quantized stay as they are. Raises
+    UnsupportedModelError for what we do not implement, FormatError for a checkpoint that contradicts itself,
+    ConfigError for a quantization that does not go with what is stored.
     """
-    pieces = file.metadata.get("split.count")
-    if isinstance(pieces, int) and pieces > 1:
-        raise UnsupportedModelError(f"checkpoints split over several files are not supported (split.count {pieces}).")
-    family = family_of(file.metadata)
-    spec = family.read_spec(file.metadata, {tensor.name: tensor.shape for tensor in file.tensors.values()})
-    text = read_tokenizer(file.metadata, file.path)
-    if text.vocab_size != spec.vocab_size:
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
+    blueprint = checkpoint.blueprint()
+    spec = blueprint.spec
+    # A tensor that no recipe uses would be left out of the arithmetic, and the answer would be another model's.
+    used = {part.tensor for recipe in blueprint.recipes for part in recipe.parts} | blueprint.ignored
+    unused = checkpoint.tensors.keys() - used
+    if unused:
+        raise UnsupportedModelError(f"{spec.family}: tensors that are not supported: {', '.join(sorted(unused)[:5])}.")
+    stored = {recipe.name: [_stored(checkpoint, part) for part in recipe.parts] for recipe in blueprint.recipes}
+    matrices = [tensor for recipe in blueprint.recipes for tensor in stored[recipe.name] if len(recipe.shape) == 2]
+    _need_quantization(checkpoint, matrices, quantization)
+    text = checkpoint.text()
+    if text.vocab_size > spec.vocab_size:
         raise FormatError(
-            f"tokenizer.ggml.tokens has {text.vocab_size} entries, the embedding {spec.vocab_size} rows", path=file.path
+            f"the tokenizer has {text.vocab_size} tokens, the embedding {spec.vocab_size} rows", path=checkpoint.path
         )
     info = ModelInfo(
         spec=spec,
@@ -45,90 +59,138 @@ def convert(file: GgufFile) -> tuple[ModelInfo, list[TensorWriter]]:
         eos_token_ids=text.eos_token_ids,
         add_bos=text.add_bos,
         special_token_ids=text.special_token_ids,
+        checkpoint_format=f"{_main_type(matrices)} {checkpoint.format_name}",
+        generation_defaults=checkpoint.generation_defaults(),
     )
-    recipes = family.recipes(spec)
-    assert {recipe.name: recipe.shape for recipe in recipes} == spec.tensor_shapes()
-    # A tensor that no recipe uses would be left out of the arithmetic, and the answer would be another model's.
-    unused = file.tensors.keys() - {part.tensor for recipe in recipes for part in recipe.parts}
-    if unused:
-        raise UnsupportedModelError(f"{spec.family}: tensors that are not supported: {', '.join(sorted(unused)[:5])}.")
-    return info, [_writer(file, recipe) for recipe in recipes]
+    return info, [_writer(checkpoint, recipe, stored[recipe.name], quantization) for recipe in blueprint.recipes]
 
 
-def _writer(file: GgufFile, recipe: Recipe) -> TensorWriter:
-    parts = [_part(file, part) for part in recipe.parts]
-    if len(recipe.shape) == 1:
-        _vector_decoder(parts[0])
-        return TensorWriter(recipe.name, None, 4 * recipe.shape[0], partial(_vector, file, parts[0]))
-    types = [_matrix_type(tensor) for tensor in parts]
-    n, k = recipe.shape
-    fmt = MatrixFormat(n, k, max(kind.bits for kind in types), max(kind.correction for kind in types))
-    return TensorWriter(recipe.name, fmt, fmt.nbytes, partial(_matrix, file, recipe, parts, fmt))
-
-
-def _part(file: GgufFile, part: Part) -> GgufTensor:
-    tensor = file.tensors.get(part.tensor)
+def _stored(checkpoint: Checkpoint, part: Part) -> StoredTensor:
+    tensor = checkpoint.tensors.get(part.tensor)
     if tensor is None:
-        raise FormatError(f"tensor {part.tensor} {list(part.shape)} is missing", path=file.path)
+        raise FormatError(f"tensor {part.tensor} {list(part.shape)} is missing", path=checkpoint.path)
     if tensor.shape != part.shape:
         raise FormatError(
-            f"tensor {part.tensor}: expected shape {list(part.shape)}, found {list(tensor.shape)}", path=file.path
+            f"tensor {part.tensor}: expected shape {list(part.shape)}, found {list(tensor.shape)}", path=checkpoint.path
+        )
+    known = [*FLOAT_TYPES, *(QUANTIZED_TYPES if len(part.shape) == 2 else ())]
+    if tensor.type_name not in known:
+        what = "matrices" if len(part.shape) == 2 else "vectors"
+        raise UnsupportedModelError(
+            f"tensor {part.tensor}: type {tensor.type_name} is not supported for {what} (only {', '.join(known)} are)."
         )
     return tensor
 
 
-def _matrix_type(tensor: GgufTensor) -> MatrixType:
-    kind = MATRIX_TYPES.get(tensor.type)
-    if kind is None:
-        raise _unsupported(tensor, "matrices", [kind.name for kind in MATRIX_TYPES])
-    return kind
+def _need_quantization(checkpoint: Checkpoint, matrices: list[StoredTensor], quantization: str | None) -> None:
+    """Refuse a quantization that would have no effect, or that would be a lie."""
+    quantized = sorted({tensor.type_name for tensor in matrices} & QUANTIZED_TYPES.keys())
+    if quantization == "none" and quantized:
+        raise ConfigError(
+            f"quantization none needs float weights, {checkpoint.path} stores {', '.join(quantized)}: leave it out."
+        )
+    if quantization is not None and all(tensor.type_name in QUANTIZED_TYPES for tensor in matrices):
+        raise ConfigError(
+            f"quantization {quantization} needs float weights, {checkpoint.path} already stores "
+            f"{', '.join(quantized)}: leave it out."
+        )
 
 
-def _vector_decoder(tensor: GgufTensor) -> VectorDecoder:
-    kind = VECTOR_TYPES.get(tensor.type)
-    if kind is None:
-        raise _unsupported(tensor, "vectors", [kind.name for kind in VECTOR_TYPES])
-    return kind
+def _main_type(matrices: list[StoredTensor]) -> str:
+    """The type that most bytes are stored in."""
+    nbytes: Counter[str] = Counter()
+    for tensor in matrices:
+        nbytes[tensor.type_name] += tensor.nbytes
+    return nbytes.most_common(1)[0][0]
 
 
-def _unsupported(tensor: GgufTensor, what: str, known: list[str]) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"tensor {tensor.name}: type {tensor.type.name} is not supported for {what} (only {', '.join(known)} are)."
-    )
+def _writer(
+    checkpoint: Checkpoint, recipe: Recipe, tensors: list[StoredTensor], quantization: str | None
+) -> TensorWriter:
+    if len(recipe.shape) == 1:
+        return TensorWriter(recipe.name, None, 4 * recipe.shape[0], partial(_vector, checkpoint, tensors[0].name))
+    fmt = _format(recipe, [tensor.type_name for tensor in tensors], quantization)
+    return TensorWriter(recipe.name, fmt, fmt.nbytes, partial(_matrix, checkpoint, recipe, tensors, fmt))
 
 
-def _vector(file: GgufFile, tensor: GgufTensor) -> Iterator[NDArray[np.generic]]:
-    vector = _vector_decoder(tensor)(file.read_rows(tensor, 0, 1)[0])
-    _need_finite(file, tensor, vector)
-    yield vector
+def _format(recipe: Recipe, types: list[str], quantization: str | None) -> MatrixFormat:
+    """The narrowest format that holds every part. Float parts merged with quantized ones become 8-bit quants."""
+    n, k = recipe.shape
+    all_float = all(name in FLOAT_TYPES for name in types)
+    if all_float and quantization in (None, "none"):
+        return MatrixFormat(n, k, 16, Correction.NONE)
+    float_bits = 4 if quantization == "int4" and recipe.name not in _VOCABULARY else 8
+    parts = [
+        (float_bits, FLOAT_TARGETS[float_bits])
+        if name in FLOAT_TYPES
+        else (QUANTIZED_TYPES[name].bits, QUANTIZED_TYPES[name].correction)
+        for name in types
+    ]
+    return MatrixFormat(n, k, max(bits for bits, _ in parts), max(correction for _, correction in parts))
+
+
+def _vector(checkpoint: Checkpoint, name: str) -> Iterator[NDArray[np.generic]]:
+    yield read_vector(checkpoint, name)
 
 
 def _matrix(
-    file: GgufFile, recipe: Recipe, tensors: list[GgufTensor], fmt: MatrixFormat
+    checkpoint: Checkpoint, recipe: Recipe, tensors: list[StoredTensor], fmt: MatrixFormat
 ) -> Iterator[NDArray[np.generic]]:
     """The packed bytes of a matrix. Strips follow one another, so packing a chunk of strips is packing the whole."""
     part_of, row_of = recipe.rows()
     step = max(1, CHUNK_VALUES // (fmt.k * STRIP)) * STRIP
     for start in range(0, fmt.n, step):
+        chunk = _Chunk(fmt, min(step, fmt.n - start))
         parts, rows = part_of[start : start + step], row_of[start : start + step]
-        quants = np.empty((len(rows), fmt.k), np.uint8)
-        scales = np.empty((len(rows), fmt.num_groups), np.float16)
-        mins = np.empty_like(scales) if fmt.correction is Correction.MIN else None
         for i, tensor in enumerate(tensors):
             chosen = np.flatnonzero(parts == i)
             if not len(chosen):
                 continue
             # A permutation moves rows within a head only: the span read is the chunk's rows, rounded to heads.
             first, last = int(rows[chosen].min()), int(rows[chosen].max())
-            decoded = _matrix_type(tensor).decode(file.read_rows(tensor, first, last + 1))
-            _need_finite(file, tensor, decoded.scales, decoded.mins)
-            promoted = promote(decoded, fmt, tensor.name)
-            local = rows[chosen] - first
-            quants[chosen], scales[chosen] = promoted.quants[local], promoted.scales[local]
-            if mins is not None:
-                assert promoted.mins is not None
-                mins[chosen] = promoted.mins[local]
-        yield pack_matrix(quants, scales, mins, bits=fmt.bits)[1]
+            chunk.put(checkpoint, tensor, chosen, first, last + 1, rows[chosen] - first)
+        yield chunk.packed()
+
+
+class _Chunk:
+    """Some rows of a matrix, in the arithmetic of its format."""
+
+    def __init__(self, fmt: MatrixFormat, num_rows: int) -> None:
+        self._fmt = fmt
+        self._values = np.empty((num_rows, fmt.k), np.uint8 if fmt.is_quantized else np.uint16)
+        self._scales = np.empty((num_rows, fmt.k // GROUP if fmt.is_quantized else 0), np.float16)
+        self._mins = np.empty_like(self._scales) if fmt.correction is Correction.MIN else None
+
+    def put(
+        self, checkpoint: Checkpoint, tensor: StoredTensor, at: NDArray[np.int64], first: int, last: int,
+        local: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Rows `local` of a tensor's rows [first, last) become rows `at` of the chunk."""
+        raw = checkpoint.read_rows(tensor.name, first, last)
+        decode_float = FLOAT_TYPES.get(tensor.type_name)
+        if decode_float is None:
+            quantized = QUANTIZED_TYPES[tensor.type_name].decode(raw)
+            need_finite(checkpoint, tensor.name, quantized.scales, quantized.mins)
+        else:
+            values = decode_float(raw)
+            need_finite(checkpoint, tensor.name, values)
+            if not self._fmt.is_quantized:
+                bits = to_bf16(values)
+                if (bits & 0x7FFF == 0x7F80).any():
+                    raise FormatError(f"tensor {tensor.name} holds a value beyond bfloat16", path=checkpoint.path)
+                self._values[at] = bits[local]
+                return
+            quantized = quantize(values, 4 if self._fmt.bits == 4 else 8)
+        promoted = promote(quantized, self._fmt, tensor.name)
+        self._values[at], self._scales[at] = promoted.quants[local], promoted.scales[local]
+        if self._mins is not None:
+            assert promoted.mins is not None
+            self._mins[at] = promoted.mins[local]
+
+    def packed(self) -> NDArray[np.uint8]:
+        if not self._fmt.is_quantized:
+            return pack_bf16(self._values.astype(np.uint16, copy=False))[1]
+        return pack_matrix(self._values.astype(np.uint8, copy=False), self._scales, self._mins, bits=self._fmt.bits)[1]
 
 
 def promote(matrix: Quantized, fmt: MatrixFormat, name: str) -> Quantized:
@@ -154,10 +216,3 @@ def promote(matrix: Quantized, fmt: MatrixFormat, name: str) -> Quantized:
         return Quantized(fmt.bits, matrix.quants, matrix.scales, mins)
     assert matrix.mins is None, "a min never becomes a zero point"
     return Quantized(fmt.bits, matrix.quants + np.uint8(fmt.zero_point - zero_point), matrix.scales, None)
-
-
-def _need_finite(file: GgufFile, tensor: GgufTensor, *arrays: NDArray[np.floating] | None) -> None:
-    """One NaN in the weights makes every answer NaN: refuse it where it can be named."""
-    for array in arrays:
-        if array is not None and not np.isfinite(array).all():
-            raise FormatError(f"tensor {tensor.name} holds a value that is not finite", path=file.path)

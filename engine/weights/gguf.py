@@ -28,8 +28,10 @@ from engine.errors import FormatError, SourceError
 
 VERSIONS = (2, 3)
 MAX_DIMS = 4
-MAX_HEADER_BYTES = 256 << 20
-"""No real header comes near it, and it bounds what a hostile one makes us allocate."""
+MAX_HEADER_BYTES = 64 << 20
+"""No real header comes near it (a vocabulary of 262,144 takes 20 MB), and it bounds what a hostile one costs us."""
+MAX_ENTRIES = 1 << 16
+"""Tensors, and metadata keys. An entry of the tables takes us twenty times the bytes that it has in the file."""
 
 _SCALARS: Mapping[GGUFValueType, struct.Struct] = {
     GGUFValueType.UINT8: struct.Struct("<B"),
@@ -59,6 +61,10 @@ class GgufTensor:
     type: GGMLQuantizationType
     offset: int  # from the start of the file
     nbytes: int
+
+    @property
+    def type_name(self) -> str:
+        return self.type.name
 
     @property
     def row_bytes(self) -> int:
@@ -174,6 +180,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, object], dict[str, GgufTens
     num_keys = cursor.u64("the metadata count")
     cursor.need(num_keys, _MIN_KEY_BYTES, f"metadata of {num_keys} keys")
     cursor.need(num_tensors, _MIN_TENSOR_BYTES, f"a table of {num_tensors} tensors")
+    if max(num_keys, num_tensors) > MAX_ENTRIES:
+        raise cursor.error(f"expected at most {MAX_ENTRIES} tensors and keys, found {num_tensors} and {num_keys}", 8)
 
     metadata: dict[str, object] = {}
     for _ in range(num_keys):

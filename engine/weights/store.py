@@ -72,11 +72,11 @@ def _open_current(target: Path, stamp: str) -> PackedModel | None:
 
 
 def _pack(checkpoint: Path, target: Path, name: str, stamp: str, progress: Progress) -> None:
-    # Imported here: a warm start needs neither GGUF nor the tokenizer library's builder.
+    # Imported here: a warm start needs no checkpoint format and no builder of tokenizers.
+    from engine.weights.checkpoint import open_checkpoint
     from engine.weights.convert import convert
-    from engine.weights.gguf import GgufFile
 
-    with GgufFile(checkpoint) as file:
+    with open_checkpoint(checkpoint) as file:
         info, tensors = convert(file)
         source = Source(name=readable(checkpoint.name), sha256=file.sha256(), stamp=stamp)
         write_packed(target, name=name, info=info, source=source, tensors=tensors, progress=progress)

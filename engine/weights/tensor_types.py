@@ -1,6 +1,6 @@
-"""The GGUF tensor types that we load, in one table: what each becomes, and how its bytes are read.
+"""The tensor types that we load, in one table: what each becomes, and how its bytes are read.
 
-Source: the block structures of ggml (`block_q4_0`, `block_q4_1`, `block_q8_0`). Every conversion is exact.
+GGUF and safetensors give float types the same names. Source: the block structures of ggml (`block_q4_0` and its kin).
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from engine.kernels.layout import GROUP, Correction
+from engine.kernels.layout import GROUP, Correction, from_bf16
 
 Bytes = NDArray[np.uint8]
 
@@ -28,16 +27,12 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixType:
-    """A tensor type that becomes a packed matrix."""
+class QuantizedType:
+    """A tensor type whose weights stay quantized."""
 
     bits: int
     correction: Correction
     decode: Callable[[Bytes], Quantized]  # raw rows uint8 [n, row bytes] -> Quantized
-
-
-VectorDecoder = Callable[[Bytes], NDArray[np.float32]]
-"""Raw bytes uint8 [nbytes] -> float32 [length]."""
 
 
 def _nibbles(blocks: Bytes) -> Bytes:
@@ -69,15 +64,15 @@ def _decode_q8_0(raw: Bytes) -> Quantized:
     return Quantized(8, (blocks[..., 2:] ^ np.uint8(0x80)).reshape(len(raw), -1), _halves(blocks, 0), None)
 
 
-MATRIX_TYPES: Mapping[GGMLQuantizationType, MatrixType] = {
-    GGMLQuantizationType.Q4_0: MatrixType(4, Correction.ZERO_POINT, _decode_q4_0),
-    GGMLQuantizationType.Q4_1: MatrixType(4, Correction.MIN, _decode_q4_1),
-    GGMLQuantizationType.Q8_0: MatrixType(8, Correction.ZERO_POINT, _decode_q8_0),
+QUANTIZED_TYPES: Mapping[str, QuantizedType] = {
+    "Q4_0": QuantizedType(4, Correction.ZERO_POINT, _decode_q4_0),
+    "Q4_1": QuantizedType(4, Correction.MIN, _decode_q4_1),
+    "Q8_0": QuantizedType(8, Correction.ZERO_POINT, _decode_q8_0),
 }
 
-VECTOR_TYPES: Mapping[GGMLQuantizationType, VectorDecoder] = {
-    GGMLQuantizationType.F32: lambda raw: raw.view("<f4").astype(np.float32),
-    GGMLQuantizationType.F16: lambda raw: raw.view("<f2").astype(np.float32),
-    # bfloat16 is the upper half of a float32.
-    GGMLQuantizationType.BF16: lambda raw: (raw.view("<u2").astype(np.uint32) << 16).view(np.float32),
+FLOAT_TYPES: Mapping[str, Callable[[Bytes], NDArray[np.float32]]] = {
+    "F32": lambda raw: raw.view("<f4").astype(np.float32),
+    "F16": lambda raw: raw.view("<f2").astype(np.float32),
+    "BF16": lambda raw: from_bf16(raw.view("<u2")),
 }
+"""Raw rows uint8 [n, row bytes] -> float32 [n, k], exactly."""

@@ -1,0 +1,34 @@
+"""What a family's file is given of a checkpoint, and what it makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.models.recipe import Recipe
+from engine.models.spec import DecoderSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A checkpoint without its weights."""
+
+    config: Mapping[str, object]  # GGUF metadata, or config.json
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors: (outputs, inputs) or (length,)
+    vector: Callable[[str], NDArray[np.float32]]  # reads one of the small tensors, float32 [length]
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A decoder, and how each of its tensors is put together."""
+
+    spec: DecoderSpec
+    recipes: tuple[Recipe, ...]
+    ignored: frozenset[str] = frozenset()
+    """Tensors of the checkpoint that no recipe needs: already part of the spec, or without influence."""
+
+    def __post_init__(self) -> None:
+        assert {recipe.name: recipe.shape for recipe in self.recipes} == self.spec.tensor_shapes()
