@@ -8,13 +8,8 @@
 namespace seraph {
 namespace {
 
-constexpr int kOwnRows = 4;            // up to here every thread quantizes a projection's input for itself
-constexpr int kRowsPerTile = 8;        // of the row-wise phases
-constexpr int kStateHead = 1 + kLanes; // floats of a stored Softmax before its output: max and sums
-
-constexpr int ceil_div(int a, int b) {
-    return (a + b - 1) / b;
-}
+constexpr int kOwnRows = 4;     // up to here every thread quantizes a projection's input for itself
+constexpr int kRowsPerTile = 8; // of the row-wise phases
 
 template <class T>
 void grow(std::vector<T>& v, int64_t size) {
@@ -39,9 +34,9 @@ QuantRows Decoder::Activations::rows(int64_t count, int k) {
 
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv, int threads)
     : shape_(shape), weights_(std::move(weights)), kv_{kv, shape.num_layers, shape.num_kv_heads, shape.head_dim},
-      team_(threads, 10 * shape.num_layers + 4), own_(static_cast<size_t>(threads)),
-      own_phase_(static_cast<size_t>(threads)), scratch_(static_cast<size_t>(threads)),
-      sampler_(static_cast<size_t>(threads)) {
+      team_(threads, 10 * shape.num_layers + 4), attention_(kv_, shape.num_heads, threads),
+      own_(static_cast<size_t>(threads)), own_phase_(static_cast<size_t>(threads)),
+      scratch_(static_cast<size_t>(threads)), sampler_(static_cast<size_t>(threads)) {
     phases_.push_back({Op::kEmbed, 0});
     for (int i = 0; i < shape.num_layers; ++i) {
         for (Op op : {Op::kAttnNorm, Op::kQkv, Op::kRope, Op::kAttend, Op::kMerge, Op::kOut, Op::kFfnNorm, Op::kGateUp,
@@ -72,7 +67,6 @@ void Decoder::prepare(const Step& step) {
     grow(attended_, tokens * q_size);
     grow(gated_, tokens * s.intermediate);
     grow(request_of_, tokens);
-    grow(state_at_, tokens);
     const int widest = std::max({s.hidden, q_size, s.intermediate});
     shared_.rows(std::max(tokens, rows), widest);
     if (own_activations_) {
@@ -80,52 +74,16 @@ void Decoder::prepare(const Step& step) {
             own.rows(kOwnRows, widest);
     }
     for (auto& scratch : scratch_)
-        grow(scratch, std::max(widest, 2 * kMaxQueries * s.head_dim));
+        grow(scratch, widest);
     if (rows > 0 && !step.logits && step.sampling)
         grow(logits_, rows * s.vocab);
     for (int r = 0; r < step.num_requests; ++r) {
         std::fill(request_of_.begin() + step.query_starts[r], request_of_.begin() + step.query_starts[r + 1], r);
     }
-    plan_attention(step);
+    attention_.plan(step_);
     std::fill(own_phase_.begin(), own_phase_.end(), -1);
     for (size_t p = 0; p < phases_.size(); ++p)
         tiles_[p] = num_tiles(phases_[p].op);
-}
-
-// Which rows attend together and which contexts are split changes no bit of any result, only who computes it.
-void Decoder::plan_attention(const Step& step) {
-    const int shared_heads = shape_.num_heads / shape_.num_kv_heads;
-    const int rows_per_tile = std::max(1, kMaxQueries / shared_heads);
-    const int whole = (step.num_tokens / rows_per_tile + step.num_requests) * shape_.num_kv_heads;
-    const bool may_split = whole < 4 * team_.size();
-    attention_.clear();
-    split_rows_.clear();
-    int64_t states = 0;
-    for (int r = 0; r < step.num_requests; ++r) {
-        const int begin = step.query_starts[r], end = step.query_starts[r + 1], length = step.seq_lens[r];
-        const bool split = may_split && length > kSegment;
-        const int segments = ceil_div(length, kSegment);
-        for (int row = begin; split && row < end; ++row) {
-            split_rows_.push_back(row);
-            state_at_[row] = states;
-            states += static_cast<int64_t>(segments) * shape_.num_heads * (kStateHead + shape_.head_dim);
-        }
-        for (int row = begin; row < end; row += rows_per_tile) {
-            const int rows = std::min(rows_per_tile, end - row);
-            const int limit = step.causal ? step.positions[row + rows - 1] + 1 : length;
-            for (int head = 0; head < shape_.num_kv_heads; ++head) {
-                if (!split) {
-                    attention_.push_back({row, rows, r, head, 0, limit, false});
-                    continue;
-                }
-                // Segments past a row's limit leave an empty state, so every one of them gets its tile.
-                for (int first = 0; first < length; first += kSegment) {
-                    attention_.push_back({row, rows, r, head, first, std::min(first + kSegment, length), true});
-                }
-            }
-        }
-    }
-    grow(states_, states);
 }
 
 int Decoder::num_tiles(Op op) const {
@@ -150,9 +108,9 @@ int Decoder::num_tiles(Op op) const {
     case Op::kRope:
         return row_tiles;
     case Op::kAttend:
-        return static_cast<int>(attention_.size());
+        return attention_.num_tiles();
     case Op::kMerge:
-        return own_activations_ ? static_cast<int>(split_rows_.size()) : row_tiles;
+        return own_activations_ ? attention_.num_split_rows() : row_tiles;
     case Op::kOut:
         return projection(layer.o, true);
     case Op::kGateUp:
@@ -182,7 +140,7 @@ void Decoder::tile(int phase, int index, int thread) {
     case Op::kRope:
         return rope(i, index, thread);
     case Op::kAttend:
-        return attend(i, attention_[index], thread);
+        return attention_.attend(i, index, qkv_.data(), layer.qkv.n, thread, attended_.data());
     case Op::kMerge:
         return merge(index);
     case Op::kOut:
@@ -355,84 +313,16 @@ void Decoder::rope(int layer, int tile, int thread) {
     }
 }
 
-void Decoder::attend(int layer, const AttentionTile& t, int thread) {
-    const int d = shape_.head_dim, shared_heads = shape_.num_heads / shape_.num_kv_heads;
-    const int width = weights_.layers[layer].qkv.n;
-    const int32_t* table = step_.block_tables + static_cast<int64_t>(t.request) * step_.max_blocks;
-    const int total = t.rows * shared_heads;
-    for (int done = 0; done < total; done += kMaxQueries) { // more than once only where over 12 heads share one KV head
-        const int n = std::min(kMaxQueries, total - done);
-        const float* queries[kMaxQueries];
-        int limits[kMaxQueries], rows[kMaxQueries], heads[kMaxQueries];
-        Softmax segment[kMaxQueries], whole[kMaxQueries];
-        for (int i = 0; i < n; ++i) {
-            rows[i] = t.row + (done + i) / shared_heads;
-            heads[i] = t.head * shared_heads + (done + i) % shared_heads;
-            queries[i] = qkv_.data() + static_cast<int64_t>(rows[i]) * width + heads[i] * d;
-            limits[i] = step_.causal ? step_.positions[rows[i]] + 1 : step_.seq_lens[t.request];
-            segment[i].out = scratch_[thread].data() + i * d;
-            whole[i].out = scratch_[thread].data() + (kMaxQueries + i) * d;
-            whole[i].max = -HUGE_VALF;
-        }
-        for (int first = t.first; first < t.last; first += kSegment) {
-            attend_segment(kv_, table, layer, t.head, first, queries, limits, n, segment);
-            for (int i = 0; i < n; ++i) {
-                if (t.split) {
-                    store_state(segment[i], rows[i], heads[i], first / kSegment);
-                } else {
-                    fold(whole[i], segment[i], d);
-                }
-            }
-        }
-        if (t.split)
-            continue;
-        for (int i = 0; i < n; ++i) {
-            finish(whole[i], d, attended_.data() + static_cast<int64_t>(rows[i]) * shape_.num_heads * d + heads[i] * d);
-        }
-    }
-}
-
-float* Decoder::state_of(int row, int head, int segment) {
-    const int64_t size = kStateHead + shape_.head_dim;
-    return states_.data() + state_at_[row] + (static_cast<int64_t>(segment) * shape_.num_heads + head) * size;
-}
-
-void Decoder::store_state(const Softmax& from, int row, int head, int segment) {
-    float* to = state_of(row, head, segment);
-    to[0] = from.max;
-    std::copy_n(from.sum, kLanes, to + 1);
-    std::copy_n(from.out, shape_.head_dim, to + kStateHead);
-}
-
+// Rows whose contexts were split become whole; unless every thread does so for itself, all rows are quantized.
 void Decoder::merge(int index) {
-    const int q_size = shape_.num_heads * shape_.head_dim;
     if (own_activations_)
-        return merge_row(split_rows_[index]);
+        return attention_.merge(index, attended_.data());
     const int begin = index * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
-    for (int row : split_rows_) {
-        if (row >= begin && row < end)
-            merge_row(row);
+    for (int i = 0; i < attention_.num_split_rows(); ++i) {
+        if (attention_.split_row(i) >= begin && attention_.split_row(i) < end)
+            attention_.merge(i, attended_.data());
     }
-    quantize_rows(attended_.data(), q_size, index);
-}
-
-// Folds a split row's states in order of position, as attend() does for a row that is not split.
-void Decoder::merge_row(int row) {
-    const int d = shape_.head_dim, segments = ceil_div(step_.seq_lens[request_of_[row]], kSegment);
-    for (int head = 0; head < shape_.num_heads; ++head) {
-        float* out = attended_.data() + (static_cast<int64_t>(row) * shape_.num_heads + head) * d;
-        Softmax whole, part;
-        whole.max = -HUGE_VALF;
-        whole.out = out;
-        for (int s = 0; s < segments; ++s) {
-            float* state = state_of(row, head, s);
-            part.max = state[0];
-            std::copy_n(state + 1, kLanes, part.sum);
-            part.out = state + kStateHead;
-            fold(whole, part, d);
-        }
-        finish(whole, d, out);
-    }
+    quantize_rows(attended_.data(), shape_.num_heads * shape_.head_dim, index);
 }
 
 void Decoder::final_row(int row, int thread) {

@@ -8,6 +8,8 @@
 #include "attention.h"
 #include "matmul.h"
 #include "sampler.h"
+#include "step.h"
+#include "step_attention.h"
 #include "threads.h"
 
 namespace seraph {
@@ -27,17 +29,6 @@ struct DecoderWeights {
     const float* final_norm;
     const float *rope_cos, *rope_sin; // [max_position, head_dim / 2]
     std::vector<DecoderLayer> layers;
-};
-
-// The arrays of one step, as engine/kernels/batch.py describes them, checked before they come here.
-struct Step {
-    int num_tokens, num_requests, max_blocks, num_rows;
-    const int32_t *token_ids, *positions, *query_starts, *seq_lens, *block_tables, *logits_rows;
-    bool causal;
-    const Sampling* sampling; // null: nothing is chosen
-    float* logits;            // null or [num_rows, vocab]
-    float* hidden;            // null or [num_rows, hidden]
-    int32_t* chosen;          // [num_rows], written where sampling is given
 };
 
 class Decoder {
@@ -71,12 +62,6 @@ class Decoder {
         Op op;
         int layer;
     };
-    // Work of one attention tile: query rows [row, row + rows) of one request, one KV head, positions from `first` to
-    // `last`, a range of whole segments.
-    struct AttentionTile {
-        int32_t row, rows, request, head, first, last;
-        bool split; // several tiles share the rows: states are left for kMerge
-    };
     // Quantized activations of one projection's input, and the per-thread copies that small steps make for themselves.
     struct Activations {
         std::vector<int8_t> q;
@@ -87,7 +72,6 @@ class Decoder {
     };
 
     void prepare(const Step& step);
-    void plan_attention(const Step& step);
     int num_tiles(Op op) const;
     void tile(int phase, int index, int thread);
 
@@ -99,11 +83,7 @@ class Decoder {
     void project(const Matrix& w, int phase, int index, int thread);
     void epilogue(Op op, const Matrix& w, int row, int column, int from, int to, const float* y);
     void rope(int layer, int tile, int thread);
-    void attend(int layer, const AttentionTile& t, int thread);
-    float* state_of(int row, int head, int segment);
-    void store_state(const Softmax& from, int row, int head, int segment);
     void merge(int index);
-    void merge_row(int row);
     void final_row(int row, int thread);
     void sample(int row, int thread);
 
@@ -112,18 +92,15 @@ class Decoder {
     KvCache kv_;
     std::vector<Phase> phases_;
     Team team_;
+    StepAttention attention_;
 
     // Of the step that runs.
     Step step_{};
     const int32_t* previous_ = nullptr;
     bool own_activations_ = false; // few rows: each thread quantizes for itself and a phase is saved
     std::vector<int> tiles_;
-    std::vector<AttentionTile> attention_;
-    std::vector<int32_t> split_rows_;               // rows whose states kMerge folds
-    std::vector<int64_t> state_at_;                 // [tokens] first state of a split row
     std::vector<float> x_, qkv_, attended_, gated_; // [tokens, ...]
     std::vector<float> logits_;                     // [rows, vocab], where the caller wants none
-    std::vector<float> states_;                     // of split rows: [segment][head][kStateHead + head_dim]
     std::vector<int32_t> request_of_;               // [tokens]
     Activations shared_;
     std::vector<Activations> own_;            // [threads]

@@ -1,0 +1,55 @@
+// The attention of one step: which rows attend together, which contexts several threads share, and how what they found
+// is put together again.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "step.h"
+
+namespace seraph {
+
+class StepAttention {
+  public:
+    StepAttention(const KvCache& kv, int num_heads, int threads);
+
+    // Cuts a step into tiles. `step` must stay until the last of them is done.
+    void plan(const Step& step);
+
+    int num_tiles() const { return static_cast<int>(tiles_.size()); }
+
+    // Tile `index` of `layer`: rotated queries in the first num_heads * head_dim floats of each row of qkv (rows are
+    // `width` floats apart) to attended [tokens, num_heads * head_dim]. Split rows are left for merge().
+    void attend(int layer, int index, const float* qkv, int64_t width, int thread, float* attended);
+
+    // Rows whose contexts were split, ascending; all of their tiles must be done before merge().
+    int num_split_rows() const { return static_cast<int>(split_rows_.size()); }
+    int split_row(int i) const { return split_rows_[i].row; }
+    void merge(int i, float* attended);
+
+  private:
+    // Query rows [row, row + rows) of one request, one KV head, positions from `first` to `last`, a range of whole
+    // segments.
+    struct Tile {
+        int32_t row, rows, request, head, first, last;
+        bool split; // several tiles share the rows: states are left for merge()
+    };
+    struct SplitRow {
+        int32_t row, segments;
+    };
+
+    float* state_of(int row, int head, int segment);
+    void store_state(const Softmax& from, int row, int head, int segment);
+
+    KvCache kv_;
+    int num_heads_, threads_;
+    const Step* step_ = nullptr;
+    std::vector<Tile> tiles_;
+    std::vector<SplitRow> split_rows_;
+    std::vector<int64_t> state_at_;           // [tokens] first state of a split row
+    std::vector<float> states_;               // of split rows: [segment][head][kStateHead + head_dim]
+    std::vector<std::vector<float>> outputs_; // [threads][2 * kMaxQueries * head_dim]
+};
+
+} // namespace seraph
