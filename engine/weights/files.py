@@ -52,18 +52,38 @@ def lock(path: Path, purpose: str) -> Iterator[None]:
     The kernel drops the lock with its holder, so a killed process never leaves one behind. The file itself stays:
     removing it would let two processes lock two different files of one name.
     """
-    with writing(path.parent, 0, purpose):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = _open_lock(path, purpose)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _acquire(handle):
             logger.info("waiting for another process: %s", purpose)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def try_lock(path: Path, purpose: str) -> Iterator[bool]:
+    """The same without waiting: whether the lock is held inside."""
+    handle = _open_lock(path, purpose)
+    try:
+        yield _acquire(handle)
+    finally:
+        os.close(handle)
+
+
+def _open_lock(path: Path, purpose: str) -> int:
+    with writing(path.parent, 0, purpose):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _acquire(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def publish(temporary: Path, target: Path) -> None:

@@ -43,9 +43,12 @@ assert _PREFIX_BYTES == 64
 class Source(msgspec.Struct, frozen=True):
     """What a packed file was made from. `stamp` changes when the source does (empty: it never does)."""
 
-    name: str
+    name: str  # of the checkpoint's file or folder
     sha256: str
     stamp: str
+    origin: str = ""  # the one spelling of the source that all others come down to
+    commit: str = ""  # of the repository it was fetched from
+    quantization: str | None = None  # what was asked for; None: as the checkpoint stores its weights
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -139,8 +142,8 @@ def write_packed(
         progress.done()
 
 
-def open_packed(path: Path) -> PackedModel:
-    """Map a packed file.
+def open_packed(path: Path, *, wanted: bool = True) -> PackedModel:
+    """Map a packed file. With `wanted` its weights are read ahead; without, only its header is read.
 
     Raises SourceError where it cannot be opened, FormatError where it is damaged or of another version.
     """
@@ -157,8 +160,8 @@ def open_packed(path: Path) -> PackedModel:
     except BaseException:
         mapping.close()
         raise
-    # The weights are wanted whole and soon: let the kernel read ahead while the rest of the start goes on.
-    mapping.madvise(mmap.MADV_WILLNEED)
+    if wanted:  # whole and soon: let the kernel read ahead while the rest of the start goes on
+        mapping.madvise(mmap.MADV_WILLNEED)
     weights = {entry.name: PackedTensor(entry.format, _view(mapping, entry)) for entry in header.tensors}
     return PackedModel(header.name, path, header.info, header.source, weights, size)
 
