@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.errors import FormatError, ModelError, SourceError
 from engine.weights.convert import convert
-from engine.weights.gguf import MAX_HEADER_BYTES, GgufFile
+from engine.weights.gguf import MAX_ENTRIES, MAX_HEADER_BYTES, GgufFile
 from tests.tiny_gguf import TinyLlama
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -179,6 +179,16 @@ def test_a_header_larger_than_any_real_one_is_refused(tmp_path: Path) -> None:
         file.truncate(2 * MAX_HEADER_BYTES)  # sparse: the bytes that the array claims are there
     with pytest.raises(FormatError, match=f"are left in a header's {MAX_HEADER_BYTES} bytes"):
         GgufFile(path)
+
+
+def test_tables_longer_than_any_real_one_are_refused(tmp_path: Path) -> None:
+    """Their entries would take twenty times the memory that they take in the file."""
+    found = MAX_ENTRIES + 1
+    for head in (header(tensors=found), header(keys=found)):
+        path = write(tmp_path / "m.gguf", head, padding=40 * found)
+        with pytest.raises(FormatError, match=f"expected at most {MAX_ENTRIES} tensors and keys, found") as caught:
+            GgufFile(path)
+        assert caught.value.offset == 8
 
 
 def test_a_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
