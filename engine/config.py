@@ -5,10 +5,14 @@ This is the only module of `engine` that reads the environment.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import ConfigError
 
@@ -20,6 +24,24 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 ISAS = ("avx512", "avx2", "portable", "reference")
 """Kernel builds, best first; `reference` is the numpy twin, never chosen by itself."""
 
+QUANTIZATIONS = ("none", "int8", "int4")
+"""What weights are computed in: as bfloat16, or packed into 8 or 4 bits."""
+
+MIN_KV_TOKENS = 2 * BLOCK_SIZE
+
+MEMORY_FORMS = "a size as 2GiB or 800MB, or a share of the memory this process may use as 25%"
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("B", 1000), ("IB", 1024))
+}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?([A-Za-z]*)")
+_SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?) ?%")
+
+QUANTIZATIONS = ("none", "int8", "int4")
+"""What may become of float weights: bfloat16, 8-bit or 4-bit quants."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -29,8 +51,12 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens; None: the model's own limit, capped to what the KV cache holds
     max_num_seqs: int = 64  # requests computed in one step
     max_num_batched_tokens: int = 512  # tokens computed in one step (the token budget)
-    kv_cache_tokens: int = 16384  # tokens of KV memory over all requests
+    kv_cache_tokens: int | None = None  # tokens of KV memory over all requests; None: by kv_cache_memory
+    kv_cache_memory: int | str | None = (
+        None  # the same in bytes, or as parse_memory reads it; None: engine.cache.sizing
+    )
     enable_prefix_caching: bool = True
+    quantization: str | None = None  # one of QUANTIZATIONS; None: as the checkpoint stores its weights
     threads: int = 0  # 0: every CPU this process may use
     isa: str = "auto"
     home: Path | None = None  # where models live; None: SERAPH_HOME, else ~/.cache/seraph
@@ -48,13 +74,46 @@ class EngineConfig:
             "max_num_batched_tokens",
             f"between max_num_seqs ({self.max_num_seqs}) and 65536",
         )
-        need(self.kv_cache_tokens >= 2 * BLOCK_SIZE, "kv_cache_tokens", f"at least {2 * BLOCK_SIZE}")
+        tokens, memory = self.kv_cache_tokens, self.kv_cache_memory
+        need(tokens is None or tokens >= MIN_KV_TOKENS, "kv_cache_tokens", f"at least {MIN_KV_TOKENS}")
+        if tokens is not None and memory is not None:
+            raise ConfigError(
+                "kv_cache_tokens and kv_cache_memory both say how large the KV cache is: give one of them, "
+                f"got {tokens!r} and {memory!r}."
+            )
+        if isinstance(memory, str):
+            try:
+                parse_memory(memory)
+            except ValueError:
+                need(False, "kv_cache_memory", MEMORY_FORMS)
+        need(
+            self.quantization is None or self.quantization in QUANTIZATIONS,
+            "quantization",
+            f"one of {', '.join(QUANTIZATIONS)}",
+        )
         need(0 <= self.threads <= 1024, "threads", "0 (automatic) or a count up to 1024")
         need(self.isa == "auto" or self.isa in ISAS, "isa", f"auto or one of {', '.join(ISAS)}")
 
-    @property
-    def num_blocks(self) -> int:
-        return math.ceil(self.kv_cache_tokens / BLOCK_SIZE)
+    def load_options(self) -> dict[str, Any]:
+        """What `load_model` is told beside the model and its home: only what was asked for."""
+        return {} if self.quantization is None else {"quantization": self.quantization}
+
+
+def parse_memory(text: str) -> int | float:
+    """Bytes (int) of a size as "2GiB", "800 MB" or "4096"; a share (float, above 0, at most 1) of one as "25%".
+
+    Raises ValueError for anything else.
+    """
+    if match := _SHARE.fullmatch(text.strip()):
+        share = float(match[1]) / 100
+        if not 0 < share <= 1:
+            raise ValueError(text)
+        return share
+    match = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or (nbytes := int(float(match[1]) * unit)) < 1:
+        raise ValueError(text)
+    return nbytes
 
 
 def seraph_home(explicit: Path | None = None) -> Path:
@@ -99,3 +158,37 @@ def _cgroup_quota() -> float | None:
         return quota_us / int((cfs / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory this process may use: the machine's, cut to what its cgroup and those above it allow (v2, v1)."""
+    total = re.search(r"^MemTotal: +(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE)
+    assert total is not None, "proc(5) promises it"
+    return min([int(total[1]) * 1024, *_cgroup_memory_limits(proc, cgroups)])
+
+
+def _cgroup_memory_limits(proc: Path, cgroups: Path) -> Iterator[int]:
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield from _limits_upwards(cgroups, path, "memory.max")
+            yield from _limits_upwards(cgroups / "unified", path, "memory.max")
+        elif "memory" in controllers.split(","):
+            yield from _limits_upwards(cgroups / "memory", path, "memory.limit_in_bytes")
+
+
+def _limits_upwards(root: Path, path: str, name: str) -> Iterator[int]:
+    """The limits of a group and of those above it.
+
+    A container may have its own group as the root of the mount and yet read its path as it is outside: then the folders
+    on the way do not exist, and the root is the one that counts.
+    """
+    for folder in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+        with contextlib.suppress(OSError, ValueError):  # no such group here, or "max"
+            yield int((folder / name).read_text())
+        if folder == root:
+            return

@@ -9,15 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from engine.config import BLOCK_SIZE, EngineConfig, available_cpus, requested_isa
+import msgspec
+
+from engine import logs
+from engine.cache.sizing import num_kv_blocks
+from engine.config import BLOCK_SIZE, EngineConfig, available_cpus, memory_limit, requested_isa
 from engine.errors import ConfigError, RequestError
 from engine.kernels import create_program
 from engine.kernels.batch import Program
-from engine.models.spec import ModelInfo
-from engine.request import Capabilities, EngineStats, Request, TokenDelta
+from engine.kernels.layout import PackedTensor
+from engine.models.spec import DecoderSpec, ModelInfo
+from engine.request import Capabilities, EngineStats, Request, TokenDelta, WeightsInfo
+from engine.scheduler.plan import Plan
 from engine.scheduler.scheduler import Scheduler
 from engine.worker.runner import Runner
 
@@ -31,7 +37,8 @@ class EngineCore:
     """One model, its KV memory and its requests, driven from one thread.
 
     `model` stays the caller's, who closes it after the core. `create` compiles the program; `clock` gives Unix time for
-    deadlines. Raises ConfigError where `config` asks for more context than the model or the KV memory has.
+    deadlines, `memory` the bytes this process may use. Raises ConfigError where `config` asks for more context than the
+    model or the KV memory has, or for more KV memory than there is.
     """
 
     def __init__(
@@ -41,20 +48,23 @@ class EngineCore:
         *,
         create: Callable[..., Program] = create_program,
         clock: Callable[[], float] = time.time,
+        memory: Callable[[], int] = memory_limit,
     ) -> None:
         self.config = config
         self.model_name = model.name
         self.info = model.info
-        self.max_model_len = resolve_max_model_len(config, model.info)
+        self.num_blocks = num_kv_blocks(config, model.info.spec, memory=memory)
+        self.max_model_len = resolve_max_model_len(config, model.info, self.num_blocks)
+        self._weights = describe_weights(model.weights)
         self.program = create(
             model.info.spec,
             model.weights,
-            num_blocks=config.num_blocks,
+            num_blocks=self.num_blocks,
             threads=config.threads or available_cpus(),
             isa=requested_isa() if config.isa == "auto" else config.isa,
         )
         self._scheduler = Scheduler(
-            num_blocks=config.num_blocks,
+            num_blocks=self.num_blocks,
             max_model_len=self.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -73,6 +83,13 @@ class EngineCore:
         """Take a request; its deltas come out of `step`. Raises RequestError, and then nothing is kept of it."""
         validate_request(request, model_name=self.model_name, vocab_size=self.info.spec.vocab_size)
         self._scheduler.add(request)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "request %s taken: %d prompt tokens, %s",
+                request.request_id,
+                len(request.prompt_token_ids),
+                request.sampling,
+            )
 
     def abort(self, request_id: str) -> None:
         """Forget a request: no delta of it follows. One that ended already, or never was, is no error."""
@@ -83,11 +100,11 @@ class EngineCore:
 
         A step that the program fails ends its requests with FinishReason.ERROR; the others go on.
         """
+        debug = logger.isEnabledFor(logging.DEBUG)
+        started = time.perf_counter() if debug else 0.0
         plan = self._scheduler.schedule()
         if not plan.items:
             return plan.ended
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("step %d: %s; %d waiting", self._runner.num_steps, plan, self._scheduler.num_waiting)
         try:
             chosen = self._runner.run(plan)
         except Exception as error:
@@ -96,7 +113,32 @@ class EngineCore:
         except BaseException:  # an interrupt: nothing was entered, so the plan may be computed again
             self._scheduler.drop(plan)
             raise
+        if debug:  # before the update, after which a sequence that has ended holds nothing any more
+            self._log_step(plan, time.perf_counter() - started)
         return plan.ended + self._scheduler.update(plan, chosen)
+
+    def _log_step(self, plan: Plan, seconds: float) -> None:
+        """What a step computed, for whom and how long, without its update (which enters the chosen tokens)."""
+        scheduler = self._scheduler
+        logger.debug(
+            "step %d in %.1f ms: %s; %d running, %d waiting; %d of %d blocks free; %d tokens cached, %d preemptions",
+            self._runner.num_steps,
+            seconds * 1e3,
+            plan,
+            scheduler.num_running,
+            scheduler.num_waiting,
+            scheduler.pool.num_free,
+            self.num_blocks,
+            scheduler.num_cached_tokens,
+            scheduler.num_preemptions,
+            extra=logs.extra(
+                step=self._runner.num_steps,
+                seconds=round(seconds, 6),
+                num_tokens=plan.num_tokens,
+                requests=[item.describe() for item in plan.items],
+                **msgspec.structs.asdict(self.stats()),
+            ),
+        )
 
     @property
     def has_work(self) -> bool:
@@ -127,7 +169,14 @@ class EngineCore:
             vocab_size=self.info.spec.vocab_size,
             isa=self.program.isa,
             threads=self.program.threads,
-            kv_cache_tokens=self.config.num_blocks * BLOCK_SIZE,
+            max_position=self.info.spec.max_position,
+            max_num_seqs=self.config.max_num_seqs,
+            checkpoint_format=self.info.checkpoint_format,
+            num_parameters=num_parameters(self.info.spec),
+            weights=self._weights,
+            num_kv_blocks=self.num_blocks,
+            kv_cache_tokens=self.num_blocks * BLOCK_SIZE,
+            kv_cache_bytes=self.num_blocks * BLOCK_SIZE * self.info.spec.kv_bytes_per_token(),
         )
 
     def check_integrity(self) -> None:
@@ -139,12 +188,12 @@ class EngineCore:
         self.program.close()
 
 
-def resolve_max_model_len(config: EngineConfig, info: ModelInfo) -> int:
+def resolve_max_model_len(config: EngineConfig, info: ModelInfo, num_blocks: int) -> int:
     """Tokens of context: the least of what the model was made for, what the KV memory holds and what was asked.
 
     Raises ConfigError where more was asked explicitly than there is.
     """
-    limit, kv_tokens = info.spec.max_position, config.num_blocks * BLOCK_SIZE
+    limit, kv_tokens = info.spec.max_position, num_blocks * BLOCK_SIZE
     asked = config.max_model_len
     if asked is None:
         return min(limit, kv_tokens)
@@ -152,9 +201,24 @@ def resolve_max_model_len(config: EngineConfig, info: ModelInfo) -> int:
         raise ConfigError(f"max_model_len must be at most {limit}, the model's context, got {asked}.")
     if asked > kv_tokens:
         raise ConfigError(
-            f"max_model_len must be at most {kv_tokens}, the tokens of KV memory (kv_cache_tokens), got {asked}."
+            f"max_model_len must be at most {kv_tokens}, the tokens of KV memory (kv_cache_tokens, kv_cache_memory), "
+            f"got {asked}."
         )
     return asked
+
+
+def num_parameters(spec: DecoderSpec) -> int:
+    """Numbers in the checkpoint; tied embeddings count once."""
+    return sum(math.prod(shape) for shape in spec.tensor_shapes().values())
+
+
+def describe_weights(weights: Mapping[str, PackedTensor]) -> WeightsInfo:
+    """How large packed weights are, and in how many bits most of them lie."""
+    nbytes: dict[int, int] = {}
+    for tensor in weights.values():
+        bits = 32 if tensor.format is None else tensor.format.bits
+        nbytes[bits] = nbytes.get(bits, 0) + tensor.data.nbytes
+    return WeightsInfo(nbytes=sum(nbytes.values()), bits=max(nbytes, key=nbytes.__getitem__, default=0))
 
 
 def validate_request(request: Request, *, model_name: str, vocab_size: int) -> None:

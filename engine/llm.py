@@ -55,12 +55,18 @@ class LLM:
     def __init__(self, model: str = DEFAULT_MODEL, *, progress: bool = True, **config: Any) -> None:
         self.config = EngineConfig(model=model, **config)
         with _loading_bars(progress) as bars:
-            self._model = load_model(self.config.model, home=self.config.home, progress=bars)
+            self._model = load_model(
+                self.config.model, home=self.config.home, progress=bars, **self.config.load_options()
+            )
         self.name = self._model.name
         self.text = ModelText.from_info(self._model.info)
         self._core: EngineCore | None = EngineCore(self.config, self._model)
         self._serial = itertools.count()
         self._live: dict[str, _Stream] = {}
+
+    def default_sampling(self) -> SamplingParams:
+        """How a call without `sampling` samples: as the model's checkpoint or the catalogue says. The rest is unset."""
+        return SamplingParams(**cast("dict[str, Any]", dict(self._model.info.generation_defaults)))
 
     def generate(
         self,
@@ -72,8 +78,8 @@ class LLM:
     ) -> list[Completion]:
         """Continue one prompt or many, as one batch; one completion a prompt, in order.
 
-        `sampling` is one SamplingParams for all prompts or one for each. `seed` makes the draws: prompt i uses
-        seed + i, so a call repeated gives the same tokens.
+        `sampling` is one SamplingParams for all prompts or one for each; None stands for `default_sampling()`. `seed`
+        makes the draws: prompt i uses seed + i, so a call repeated gives the same tokens.
         """
         return self._complete([self._encode(prompt) for prompt in _as_prompts(prompts)], sampling, seed, progress)
 
@@ -103,7 +109,7 @@ class LLM:
             token_ids = self.text.encode_chat(prompt)
         else:
             token_ids = self._encode(cast("Prompt", prompt))
-        return self._pieces(token_ids, sampling or SamplingParams(), seed)
+        return self._pieces(token_ids, sampling or self.default_sampling(), seed)
 
     def close(self) -> None:
         """Free the KV memory, the threads and the weights. Idempotent."""
@@ -127,6 +133,7 @@ class LLM:
     def _complete(
         self, prompts: list[list[int]], sampling: Sampling | None, seed: int, progress: bool
     ) -> list[Completion]:
+        sampling = self.default_sampling() if sampling is None else sampling
         streams = self._start(prompts, _one_for_each(sampling, len(prompts)), seed)
         try:
             with _Bar(len(streams)) if progress and streams else nullcontext() as bar:
@@ -320,9 +327,9 @@ def _stop_strings(params: SamplingParams) -> tuple[str, ...]:
     return params.stop
 
 
-def _one_for_each(sampling: Sampling | None, count: int) -> Sequence[SamplingParams]:
-    if sampling is None or isinstance(sampling, SamplingParams):
-        return [sampling or SamplingParams()] * count
+def _one_for_each(sampling: Sampling, count: int) -> Sequence[SamplingParams]:
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * count
     if len(sampling) != count:
         raise RequestError(
             f"sampling must be one or one for each of {count} prompts, got {len(sampling)}.", param="sampling"

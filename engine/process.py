@@ -27,6 +27,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from engine import logs
 from engine.config import EngineConfig
 from engine.errors import (
     ConfigError,
@@ -261,17 +262,22 @@ def _receive(core: Core, socket: zmq.Socket[bytes]) -> None:
             continue
         match message:
             case Add(request):
-                try:
-                    core.add(request)
-                except Exception as error:
-                    if not isinstance(error, SeraphError):
-                        logger.exception("request %s could not be taken", request.request_id)
-                    socket.send(encode(Refused(request.request_id, Fault.of(error))), zmq.NOBLOCK)
+                with logs.request(request.trace):
+                    _add(core, request, socket)
             case Abort(request_id):
                 core.abort(request_id)
                 socket.send(encode(Aborted(request_id)), zmq.NOBLOCK)
             case StatsRequest():
                 socket.send(encode(Stats(core.stats())), zmq.NOBLOCK)
+
+
+def _add(core: Core, request: Request, socket: zmq.Socket[bytes]) -> None:
+    try:
+        core.add(request)
+    except Exception as error:
+        if not isinstance(error, SeraphError):
+            logger.exception("request %s could not be taken", request.request_id)
+        socket.send(encode(Refused(request.request_id, Fault.of(error))), zmq.NOBLOCK)
 
 
 def _refuse_malformed(frame: bytes, error: Exception, socket: zmq.Socket[bytes]) -> None:
@@ -307,7 +313,7 @@ def load_core(config: EngineConfig) -> Iterator[Core]:
     from engine.weights import load_model
 
     with (
-        contextlib.closing(load_model(config.model, home=config.home)) as model,
+        contextlib.closing(load_model(config.model, home=config.home, **config.load_options())) as model,
         contextlib.closing(EngineCore(config, model)) as core,
     ):
         yield core
@@ -325,9 +331,10 @@ def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int
     parser = argparse.ArgumentParser(prog="engine.process", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--socket", required=True, type=Path, help="where to bind")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
-    parser.add_argument("--log-level", default="INFO", help="least severe messages to log")
+    parser.add_argument("--log-level", default="info", choices=logs.LEVELS, help="least severe messages to log")
+    parser.add_argument("--log-format", default="text", choices=logs.FORMATS, help="how lines look")
     options = parser.parse_args(argv)
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(options.log_level, options.log_format)
 
     lifeline = sys.stdin.fileno()
     context = zmq.Context[zmq.Socket[bytes]]()

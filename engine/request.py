@@ -96,6 +96,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     grammar: str | None = None
     prompt_logprobs: int | None = None
     pooling: str | None = None
+    trace: str = ""  # what log lines about it carry: the id of the HTTP request it came with
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -110,6 +111,13 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str | None = None
 
 
+class WeightsInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The weights as the engine holds them."""
+
+    nbytes: int = 0
+    bits: int = 0  # of most of them: 4 or 8 where they are quantized, 16 for bfloat16
+
+
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine and its model can do."""
 
@@ -120,7 +128,14 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     features: frozenset[str] = frozenset()  # of: grammar, prompt_logprobs, adapter, embed
     isa: str = ""  # kernel build in use; empty where the engine has no such choice, as in the fields below
     threads: int = 0
+    max_position: int = 0  # tokens of context the model was made for
+    max_num_seqs: int = 0
+    checkpoint_format: str = ""  # what the checkpoint stores, as "Q4_1 GGUF"
+    num_parameters: int = 0
+    weights: WeightsInfo = WeightsInfo()
+    num_kv_blocks: int = 0
     kv_cache_tokens: int = 0
+    kv_cache_bytes: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
 import pytest
 
+from engine import logs
 from engine.config import DEFAULT_MODEL
 from engine.weights import PackedModel, load_model
 
@@ -10,3 +16,27 @@ from engine.weights import PackedModel, load_model
 def default_model() -> PackedModel:
     """The default model's packed file, mapped; fetched into the models' folder the first time."""
     return load_model(DEFAULT_MODEL)
+
+
+ConfigureLogs = Callable[[str, str], io.StringIO]
+
+
+@pytest.fixture
+def configure_logs() -> Iterator[ConfigureLogs]:
+    """`logs.configure` with a stream to read, undone afterwards."""
+    root = logging.getLogger()
+    names = ["", *logs.OURS]
+    levels = {name: logging.getLogger(name).level for name in names}
+    handlers, hook = root.handlers[:], sys.excepthook
+    root.handlers = []  # pytest's own, which `configure` would close
+
+    def configured(level: str, format: str) -> io.StringIO:
+        stream = io.StringIO()
+        logs.configure(level, format, stream)
+        return stream
+
+    yield configured
+    logging.captureWarnings(False)
+    root.handlers, sys.excepthook = handlers, hook
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

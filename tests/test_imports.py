@@ -18,6 +18,7 @@ ROOMS = {
     "engine": (
         "errors",
         "config",
+        "logs",
         "request",
         "models",
         "kernels",
@@ -33,7 +34,9 @@ ROOMS = {
         "llm",
     ),
     "server": (
+        "options",
         "settings",
+        "reference",
         "errors",
         "schemas",
         "metrics",
@@ -46,6 +49,7 @@ ROOMS = {
         "protocol",
         "serving",
         "terminal",
+        "parameters",
         "cli",
     ),
 }

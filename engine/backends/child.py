@@ -17,6 +17,7 @@ from pathlib import Path
 
 import zmq
 
+from engine import logs
 from engine.config import EngineConfig, child_environment
 from engine.errors import ConfigError, EngineDeadError, EngineError
 from engine.process import (
@@ -66,7 +67,8 @@ class Child:
             lifeline, self._lifeline = os.pipe()
             options = {
                 "--socket": str(self._socket_path),
-                "--log-level": logging.getLevelName(logger.getEffectiveLevel()),
+                "--log-level": logs.active_level(),
+                "--log-format": logs.active_format(),
                 "--config": encode_config(config),
             }
             try:
@@ -239,11 +241,20 @@ class Child:
         if not chunk:
             asyncio.get_running_loop().remove_reader(fd)
             self._stderr_ended.set()
-        sys.stderr.write(chunk.decode(errors="replace"))
         *lines, self._partial_line = (self._partial_line + chunk).split(b"\n")
         if not chunk and self._partial_line:
             lines.append(self._partial_line)
-        self._last_lines.extend(line.decode(errors="replace") for line in lines)
+        for line in lines:
+            self._pass_on(line)
+
+    def _pass_on(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
+        self._last_lines.append(text)
+        if logs.active_format() == "json" and not line.startswith(logs.JSON_START):
+            # A library's or the interpreter's own words, a traceback after a crash: no line of ours is without form.
+            logger.warning("%s", text)
+        else:
+            sys.stderr.write(text + "\n")
 
     async def _wait_exit(self) -> int:
         """The end of its standard error announces the end of the process: nobody else holds that pipe."""

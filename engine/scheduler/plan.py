@@ -17,6 +17,18 @@ class Scheduled:
     num_tokens: int
     samples: bool  # the last of them is the sequence's last: this step chooses its next token
 
+    def describe(self) -> dict[str, object]:
+        """For the log."""
+        seq = self.seq
+        return {
+            "id": seq.request.request_id,
+            "request_id": seq.request.trace,
+            "start": self.start,
+            "num_tokens": self.num_tokens,
+            "num_cached_tokens": max(0, seq.num_cached_tokens),
+            "samples": self.samples,
+        }
+
 
 @dataclass(slots=True)
 class Plan:
@@ -40,7 +52,7 @@ class Plan:
                 return
 
     def __str__(self) -> str:
-        """The step's composition on one line, for the debug log."""
+        """The step's composition on one line: whose tokens, from where to where, * where it chooses the next."""
         parts = (
             f"{item.seq.request.request_id}[{item.start}:{item.start + item.num_tokens}]{'*' * item.samples}"
             for item in self.items

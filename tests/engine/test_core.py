@@ -107,7 +107,9 @@ def test_max_model_len_is_what_model_memory_and_operator_allow(config: dict[str,
 def test_an_explicit_max_model_len_beyond_either_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_model_len must be at most 256, the model's context, got 257"):
         make_core(max_model_len=257)
-    with pytest.raises(ConfigError, match=r"must be at most 96, the tokens of KV memory \(kv_cache_tokens\), got 97"):
+    with pytest.raises(
+        ConfigError, match=r"must be at most 96, the tokens of KV memory \(kv_cache_tokens, kv_cache_memory\), got 97"
+    ):
         make_core(max_model_len=97, kv_cache_tokens=96)
 
 
@@ -236,7 +238,7 @@ def test_composition_is_logged_only_when_asked(caplog: pytest.LogCaptureFixture)
     assert caplog.text == ""
     with caplog.at_level(logging.DEBUG, "seraph.engine"):
         core.step()
-    assert "step 1: 1 tokens of 1 requests: one[3:4]*; 0 waiting" in caplog.text
+    assert "1 tokens of 1 requests: one[3:4]*; 1 running, 0 waiting; 31 of 32 blocks free" in caplog.text
 
 
 def test_close_closes_the_program() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from engine.errors import (
     RequestError,
 )
 from engine.request import FinishReason, Request, SamplingParams, TokenDelta
+from tests.conftest import ConfigureLogs
 from tests.engine import scripted_core
 from tests.engine.scripted_core import HANG, KILL, RAISE, expected_tokens
 
@@ -306,6 +308,26 @@ async def test_it_logs_what_the_parent_logs(
         await engine.start()
     await engine.stop(0.0)
     assert (scripted_core.BUILT in capsys.readouterr().err) == (level == logging.DEBUG)
+
+
+async def test_in_json_every_line_of_the_process_is_an_object(configure_logs: ConfigureLogs) -> None:
+    stream = configure_logs("info", "json")
+    engine = scripted("crash")
+    with pytest.raises(EngineError, match="last words"):
+        await engine.start()
+    told = {line["message"]: line for line in map(json.loads, stream.getvalue().splitlines())}
+    assert told["last words"]["logger"] == "seraph.engine"
+
+
+async def test_the_process_logs_in_the_format_of_its_parent(
+    configure_logs: ConfigureLogs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs("debug", "json")
+    engine = scripted()
+    await engine.start()
+    await engine.stop(0.0)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert scripted_core.BUILT in [line["message"] for line in lines]
 
 
 async def test_a_start_that_takes_too_long_is_ended() -> None:
