@@ -22,15 +22,18 @@ from server.errors import error_response
 from server.generation import Text
 from server.metrics import Metrics
 from server.middleware import Door, RequestContext
-from server.routes import chat, completions, health, models
+from server.routes import chat, completions, health, models, tokenization
 from server.routes.service import Service
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings, version
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
 }
 """Request bodies for the OpenAPI document: handlers read them themselves, bounded and strictly."""
 
@@ -99,7 +102,7 @@ def create_app(
     app.state.service = service
     app.add_exception_handler(SeraphError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
-    for router in (chat.router, completions.router, models.router, health.router):
+    for router in (chat.router, completions.router, tokenization.router, models.router, health.router):
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app

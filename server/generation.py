@@ -51,8 +51,8 @@ class Text(Protocol):
         """Token ids of a plain text; special-token text inside it is plain text too."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids; special tokens are left out or, without `skip_special`, written as they are."""
         ...
 
     def stream(self, stop: Sequence[str], min_tokens: int) -> TextStream:

@@ -59,9 +59,9 @@ class ModelText:
         """Token ids of a plain text, after one BOS where the model wants one and `add_special_tokens`."""
         return self.tokenizer.encode_text(text, add_bos=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self.tokenizer.decode(token_ids)
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids; special tokens are left out or, without `skip_special`, written as they are."""
+        return self.tokenizer.decode(token_ids, skip_special=skip_special)
 
     def stream(self, stop: Sequence[str] = (), min_tokens: int = 0) -> Detokenizer:
         """A detokenizer for one choice."""

@@ -13,9 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from engine.errors import RequestError
 from server.errors import BodyTimeoutError, BodyTooLargeError, ClientDisconnectedError, MediaTypeError
 from server.routes.service import Service
-from server.schemas.common import GenerationBody
+from server.schemas.common import RequestBody
 
-B = TypeVar("B", bound=GenerationBody)
+B = TypeVar("B", bound=RequestBody)
 
 IGNORED_HEADER = "x-seraph-ignored"
 MAX_REPORTED = 32

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from engine.errors import RequestError
 from server.admission import Principal
 from server.routes.body import read_body
 from server.routes.service import Service, answer_id, principal_of, service_of
+from server.schemas.common import need_tokens
 from server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -71,12 +71,7 @@ async def create_completion(
 async def _token_ids(service: Service, prompt: str | list[int], body: CompletionRequest, vocab_size: int) -> list[int]:
     if isinstance(prompt, str):
         return await service.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
-    for token_id in prompt:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"prompt holds token id {token_id}, and the model's vocabulary is 0 to {vocab_size - 1}.",
-                param="prompt",
-            )
+    need_tokens("prompt", prompt, vocab_size)
     return prompt
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -14,7 +15,12 @@ router = APIRouter()
 
 
 def _model(service: Service, name: str, max_model_len: int) -> Model:
-    return Model(id=name, created=service.created, max_model_len=max_model_len)
+    return Model(id=name, created=service.created, root=_public(service.settings.model), max_model_len=max_model_len)
+
+
+def _public(source: str) -> str:
+    """A model's source as callers may see it: its last part where it is a path of this machine."""
+    return source if source.partition(":")[0] in ("hf", "pypi") else PurePath(source).name
 
 
 @router.get("/v1/models")

@@ -25,7 +25,7 @@ from server.settings import Settings, version
 from server.streaming import DONE, KEEP_ALIVE
 
 LONG_TEXT = 16_384
-"""Characters above which tokenizing leaves the event loop: it takes milliseconds, and streams wait meanwhile."""
+"""Characters (or tokens, the other way) above which tokenizing leaves the event loop, which streams wait for."""
 
 
 def _draw_seed() -> int:
@@ -95,6 +95,12 @@ class Service:
         if sum(len(message["content"]) for message in messages) < LONG_TEXT:
             return self.text.encode_chat(messages)
         return await asyncio.to_thread(self.text.encode_chat, messages)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens among it."""
+        if len(token_ids) < LONG_TEXT:
+            return self.text.decode(token_ids, skip_special=False)
+        return await asyncio.to_thread(self.text.decode, token_ids, skip_special=False)
 
     def choices(
         self,

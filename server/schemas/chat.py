@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -82,6 +83,19 @@ class Message(Body):
         return message
 
 
+def inspect_messages(messages: Sequence[Message]) -> Inspection:
+    """Class every name of a conversation's messages; raises RequestError on refused ones."""
+    found = Inspection()
+    for i, message in enumerate(messages):
+        found += inspect(MESSAGE_FIELDS, message.model_extra or {}, f"messages.{i}.")
+    return found
+
+
+def templated(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as chat templates read them. Raises RequestError naming the part that is not text."""
+    return [message.for_template(f"messages.{i}") for i, message in enumerate(messages)]
+
+
 class ChatCompletionRequest(GenerationBody):
     """A conversation to answer."""
 
@@ -91,10 +105,7 @@ class ChatCompletionRequest(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens, over which it wins.")
 
     def inspect(self) -> Inspection:
-        found = super().inspect()
-        for i, message in enumerate(self.messages):
-            found += inspect(MESSAGE_FIELDS, message.model_extra or {}, f"messages.{i}.")
-        return found
+        return super().inspect() + inspect_messages(self.messages)
 
     @property
     def asked_max_tokens(self) -> int | None:
@@ -102,7 +113,7 @@ class ChatCompletionRequest(GenerationBody):
 
     def for_template(self) -> list[dict[str, str]]:
         """The messages as chat templates read them. Raises RequestError naming the part that is not text."""
-        return [message.for_template(f"messages.{i}") for i, message in enumerate(self.messages)]
+        return templated(self.messages)
 
 
 class AnswerMessage(BaseModel):

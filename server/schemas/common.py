@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -60,10 +61,18 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
-    """The fields that chat and plain completions share. Null means the default throughout."""
+class RequestBody(Body):
+    """The whole body of a request, every name of which stands in a table."""
 
     fields: ClassVar[Table]
+
+    def inspect(self) -> Inspection:
+        """Class every name of the body; raises RequestError on refused ones and on fields that do not go together."""
+        return inspect(self.fields, self.model_extra or {})
+
+
+class GenerationBody(RequestBody):
+    """The fields that chat and plain completions share. Null means the default throughout."""
 
     model: str = Field(min_length=1, description="A model id, as /v1/models lists it.")
     temperature: float | None = Field(None, description="0 to 2; 0 always takes the best token.")
@@ -87,8 +96,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
 
     def inspect(self) -> Inspection:
-        """Class every name of the body; raises RequestError on refused ones and on fields that do not go together."""
-        found = inspect(self.fields, self.model_extra or {})
+        found = super().inspect()
         if self.stream_options is not None:
             if not self.stream and (self.stream_options.include_usage or self.stream_options.continuous_usage_stats):
                 raise RequestError("stream_options asks for usage in a stream: stream must be true.", param="stream")
@@ -113,8 +121,8 @@ class GenerationBody(Body):
 
     def sampling(self, *, max_tokens: int, vocab_size: int) -> SamplingParams:
         """Validated sampling parameters. Raises RequestError naming the first field outside its range."""
-        _need_tokens("logit_bias", self.logit_bias or (), vocab_size)
-        _need_tokens("stop_token_ids", self.stop_token_ids or (), vocab_size)
+        need_tokens("logit_bias", self.logit_bias or (), vocab_size)
+        need_tokens("stop_token_ids", self.stop_token_ids or (), vocab_size)
 
         def given(value: float | None, default: float) -> float:
             return default if value is None else float(value)
@@ -144,7 +152,8 @@ def concrete_seed(seed: int | None, draw: int) -> int:
     return (draw if seed is None else seed) % SEED_SPACE
 
 
-def _need_tokens(param: str, token_ids: Any, vocab_size: int) -> None:
+def need_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raise RequestError unless every token id is one of the vocabulary."""
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise RequestError(

@@ -152,6 +152,26 @@ COMPLETION_FIELDS: Table = {
     "prompt_embeds": refused(),
 }
 
+TOKENIZE_FIELDS: Table = {
+    "model": WORKS,
+    "prompt": WORKS,
+    "messages": WORKS,
+    "add_special_tokens": WORKS,
+    "add_generation_prompt": refused(True),
+    "continue_final_message": refused(False),
+    "return_token_strs": refused(False),
+    "tools": refused([]),
+    "chat_template": refused(reason=_TEMPLATE_REASON),
+    "chat_template_kwargs": refused({}),
+    "mm_processor_kwargs": refused({}),
+    "media_io_kwargs": refused({}),
+}
+
+DETOKENIZE_FIELDS: Table = {
+    "model": WORKS,
+    "tokens": WORKS,
+}
+
 STREAM_OPTION_FIELDS: Table = {
     "include_usage": WORKS,
     "continuous_usage_stats": WORKS,

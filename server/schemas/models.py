@@ -8,12 +8,18 @@ from pydantic import BaseModel
 
 
 class Model(BaseModel):
-    """One served model. `max_model_len` is the longest context in tokens."""
+    """One served model.
+
+    `max_model_len` is the longest context in tokens. `root` is what the model was loaded from, without the folders of
+    this machine; load generators take their tokenizer by it where they are given none.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "seraph"
+    root: str
+    parent: None = None
     max_model_len: int
 
 

@@ -140,8 +140,8 @@ class FakeText:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return ([BOS] if add_special_tokens else []) + [ord(c) % VOCAB_SIZE for c in text]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(chr(token_id) for token_id in token_ids if token_id > BOS)
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return "".join(chr(token_id) for token_id in token_ids if token_id > BOS or not skip_special)
 
     def stream(self, stop: Sequence[str], min_tokens: int) -> FakeStream:
         return FakeStream(stop, min_tokens)

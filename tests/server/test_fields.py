@@ -15,11 +15,14 @@ from server.schemas.completions import CompletionRequest
 from server.schemas.fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
+    DETOKENIZE_FIELDS,
     MESSAGE_FIELDS,
     STREAM_OPTION_FIELDS,
+    TOKENIZE_FIELDS,
     Table,
     Use,
 )
+from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from tests.server.fakes import FakeEngine
 from tests.server.support import Client, chat, client_for, settings
 
@@ -82,6 +85,8 @@ def test_every_message_field_of_the_openai_package_is_classed() -> None:
         (COMPLETION_FIELDS, CompletionRequest),
         (STREAM_OPTION_FIELDS, StreamOptions),
         (MESSAGE_FIELDS, Message),
+        (TOKENIZE_FIELDS, TokenizeRequest),
+        (DETOKENIZE_FIELDS, DetokenizeRequest),
     ],
 )
 def test_what_works_is_what_the_model_declares(table: Table, model: Any) -> None:

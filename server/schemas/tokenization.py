@@ -1,0 +1,59 @@
+"""POST /tokenize and /detokenize, as vLLM has them: texts and conversations to token ids and back."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, Field
+
+from engine.errors import RequestError
+from server.schemas.chat import MAX_MESSAGES, Message, inspect_messages, templated
+from server.schemas.common import RequestBody
+from server.schemas.fields import DETOKENIZE_FIELDS, TOKENIZE_FIELDS, Inspection, Table
+
+
+class TokenizeRequest(RequestBody):
+    """A text, or a conversation as the chat template would render it."""
+
+    fields: ClassVar[Table] = TOKENIZE_FIELDS
+
+    model: str | None = Field(None, min_length=1, description="A model id; by default the one that is served.")
+    prompt: str | None = Field(None, description="A text. Either this or messages.")
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = Field(None, description="Whether a text gets the model's BOS; by default yes.")
+
+    def inspect(self) -> Inspection:
+        found = super().inspect()
+        if (self.prompt is None) == (self.messages is None):
+            given = "neither" if self.prompt is None else "both"
+            raise RequestError(f"Give either prompt or messages, got {given}.", param="prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise RequestError(
+                "add_special_tokens does not go with messages: the chat template places them.",
+                param="add_special_tokens",
+            )
+        return found + inspect_messages(self.messages or ())
+
+    def for_template(self) -> list[dict[str, str]]:
+        """The messages as chat templates read them. Raises RequestError naming the part that is not text."""
+        return templated(self.messages or ())
+
+
+class Tokenized(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: None = None
+
+
+class DetokenizeRequest(RequestBody):
+    """Token ids."""
+
+    fields: ClassVar[Table] = DETOKENIZE_FIELDS
+
+    model: str | None = Field(None, min_length=1, description="A model id; by default the one that is served.")
+    tokens: list[int]
+
+
+class Detokenized(BaseModel):
+    prompt: str
