@@ -9,11 +9,19 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from engine.errors import SourceError
 
 logger = logging.getLogger(__name__)
+
+
+def is_plain(path: str) -> bool:
+    """Whether somebody else's path stays inside the folder it is put under, and has only this one spelling."""
+    parts = PurePosixPath(path)
+    return (
+        not parts.is_absolute() and ".." not in parts.parts and str(parts) == path and path != "." and "\0" not in path
+    )
 
 
 def free_bytes(folder: Path) -> int:

@@ -11,6 +11,7 @@ damaged later, and is refused with FormatError.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import mmap
 import os
@@ -117,7 +118,7 @@ def write_packed(
     purpose = f"packing {name}"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Whoever wrote these was killed: the lock that we hold was theirs.
-    for leftover in path.parent.glob(_glob_escaped(path.name) + ".*.tmp"):
+    for leftover in path.parent.glob(glob.escape(path.name) + ".*.tmp"):
         leftover.unlink(missing_ok=True)
     need_space(path.parent, size, purpose, free=free)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -251,7 +252,3 @@ def _check_table(header: _Header, size: int, data_start: int, path: Path) -> Non
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _glob_escaped(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)

