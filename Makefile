@@ -72,6 +72,10 @@ bench: $(STAMPS)/seraph ## measure the kernels and the engine beside this machin
 load: $(STAMPS)/seraph $(STAMPS)/load ## 30 seconds of load against a server of its own
 	@$(PY) -m loadtests.run $(ARGS)
 
+.PHONY: docs
+docs: $(STAMPS)/seraph ## write the pages that come from the code (docs/configuration.md)
+	@$(PY) -m server.reference > docs/configuration.md
+
 .PHONY: lock
 lock: ## resolve pyproject.toml into requirements/*.txt (ARGS=--upgrade for newer versions)
 	@scripts/lock.sh $(ARGS)

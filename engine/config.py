@@ -29,6 +29,12 @@ QUANTIZATIONS = ("none", "int8", "int4")
 
 MIN_KV_TOKENS = 2 * BLOCK_SIZE
 
+AUTO_KV_TOKENS = 16384
+"""Tokens of KV memory where nothing else is asked for: two requests of the default model's full length."""
+
+AUTO_KV_SHARE = 0.25
+"""Most of the memory this process may use that the KV cache takes by itself: the weights are to stay in memory too."""
+
 MEMORY_FORMS = "a size as 2GiB or 800MB, or a share of the memory this process may use as 25%"
 
 _UNITS = {"": 1, "B": 1} | {

@@ -66,7 +66,7 @@ class LLM:
 
     def default_sampling(self) -> SamplingParams:
         """How a call without `sampling` samples: as the model's checkpoint or the catalogue says. The rest is unset."""
-        return SamplingParams(**cast("dict[str, Any]", dict(self._model.info.generation_defaults)))
+        return SamplingParams.from_defaults(self._model.info.generation_defaults)
 
     def generate(
         self,

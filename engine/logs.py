@@ -40,6 +40,11 @@ def request(request_id: str) -> Iterator[None]:
         _request_id.reset(token)
 
 
+def current_request() -> str:
+    """The id of the request that this task works for; empty where it works for none."""
+    return _request_id.get()
+
+
 def extra(**values: Any) -> dict[str, Any]:
     """For `logger.info(..., extra=...)`: what a JSON line says beside its text."""
     return {"values": values}

@@ -6,6 +6,8 @@ These structures travel between processes as msgpack, so they hold plain data on
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -20,6 +22,9 @@ class FinishReason(str, enum.Enum):
     ABORT = "abort"  # the caller went away
     DEADLINE = "deadline"  # the request's deadline passed first
     ERROR = "error"  # the engine failed it; TokenDelta.error says how
+
+
+_COUNTS = frozenset({"max_tokens", "min_tokens", "top_k"})
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -42,6 +47,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+
+    @classmethod
+    def from_defaults(cls, values: Mapping[str, float]) -> SamplingParams:
+        """From numbers by name, as `ModelInfo.generation_defaults` holds them. Raises RequestError as `validate`."""
+        fields: dict[str, Any] = {name: int(value) if name in _COUNTS else value for name, value in values.items()}
+        sampling = cls(**fields)
+        sampling.validate()
+        return sampling
 
     def validate(self) -> None:
         """Raise RequestError, naming the field, on the first value outside its range."""

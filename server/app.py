@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -43,16 +44,19 @@ def create_app(
     engine: Engine,
     text: Text,
     *,
+    generation_defaults: Mapping[str, float] = MappingProxyType({}),
     on_started: Callable[[SeraphError | None], None] = lambda error: None,
 ) -> FastAPI:
-    """The ASGI application.
+    """The ASGI application. `generation_defaults` are the sampling fields of requests that leave them out.
 
     Its lifespan starts the engine beside serving, so that health checks are answered meanwhile, calls `on_started`
     with what kept it from starting (None: nothing), and stops it at the end.
     """
     metrics = Metrics()
     gate = Gate(max_running=settings.max_num_seqs, max_waiting=settings.max_waiting, metrics=metrics)
-    service = Service(settings=settings, engine=engine, text=text, metrics=metrics, gate=gate)
+    service = Service(
+        settings=settings, engine=engine, text=text, metrics=metrics, gate=gate, generation_defaults=generation_defaults
+    )
 
     async def start() -> None:
         failure: SeraphError | None = None

@@ -161,6 +161,16 @@ class Generation:
             cached_tokens=sum(choice.num_cached_tokens for choice in firsts),
         )
 
+    def time_to_first_token(self) -> float | None:
+        """Seconds from the request's arrival to the first token of any choice; None while there is none."""
+        firsts = [choice.first_token_at for choice in self._choices if choice.first_token_at]
+        return min(firsts) - self._arrived if firsts else None
+
+    @property
+    def answer_id(self) -> str:
+        """What the engine's request ids begin with."""
+        return self._choices[0].request.request_id.rpartition("-")[0]
+
     async def _run(self, choice: Choice) -> None:
         deltas = self._engine.generate(choice.request)
         try:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine import logs
 from engine.errors import RequestError
 from server.admission import ANONYMOUS, OPEN_PATHS, HostPolicy, Keys
 from server.errors import ClientDisconnectedError, error_response
+from server.generation import Generation
 from server.metrics import Metrics
 
 logger = logging.getLogger("seraph.access")
@@ -47,28 +49,47 @@ class RequestContext:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            if isinstance(error, ClientDisconnectedError):
-                status = 499
-            elif status:
-                raise  # too late for another answer: the server cuts the connection
-            else:
-                await error_response(error, request_id)(scope, receive, send_with_id)
-        finally:
-            self._count(scope, status, self._clock() - arrived, request_id)
+        with logs.request(request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception as error:
+                if isinstance(error, ClientDisconnectedError):
+                    status = 499
+                elif status:
+                    raise  # too late for another answer: the server cuts the connection
+                else:
+                    await error_response(error, request_id)(scope, receive, send_with_id)
+            finally:
+                self._count(scope, status, self._clock() - arrived)
 
-    def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")  # the pattern: paths are the caller's to invent
         method = scope["method"] if route != "unmatched" else ""
         self._metrics.requests.labels(method, route, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
-        if route in OPEN_PATHS or route == "/metrics":
-            level = logging.DEBUG
-        else:
-            level = logging.INFO
-        logger.log(level, "%s %s %d %.3fs %s", scope["method"], scope["path"], status, seconds, request_id)
+        level = logging.DEBUG if route in OPEN_PATHS or route == "/metrics" else logging.INFO
+        if logger.isEnabledFor(level):
+            self._log(level, scope, status, seconds)
+
+    def _log(self, level: int, scope: Scope, status: int, seconds: float) -> None:
+        """One line per request; of one that generated, with its tokens."""
+        path = logs.one_line(scope["path"])
+        text = f"{scope['method']} {path} {status} {seconds:.3f}s"
+        values = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)}
+        generation: Generation | None = scope["state"].get("generation")
+        if generation is not None:
+            usage, first = generation.usage(), generation.time_to_first_token()
+            cached = usage.prompt_tokens_details.cached_tokens
+            text += f" {generation.answer_id}: {usage.prompt_tokens} tokens in ({cached} cached)"
+            text += f", {usage.completion_tokens} out" + ("" if first is None else f", first after {first:.3f}s")
+            values |= {
+                "answer_id": generation.answer_id,
+                "prompt_tokens": usage.prompt_tokens,
+                "cached_tokens": cached,
+                "completion_tokens": usage.completion_tokens,
+                "time_to_first_token": None if first is None else round(first, 6),
+            }
+        logger.log(level, "%s", text, extra=logs.extra(**values))
 
 
 class Door:

@@ -12,11 +12,14 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from engine import logs
 from engine.backends.native import NativeEngine
+from engine.cache.sizing import readable
+from engine.config import EngineConfig
 from engine.errors import ConfigError, SeraphError
 from engine.request import Capabilities
 from engine.weights import PackedModel, load_model
@@ -64,10 +67,10 @@ class Bars:
             self._bars.__exit__(None, None, None)
 
 
-def fetch(model: str) -> PackedModel:
+def fetch(config: EngineConfig) -> PackedModel:
     """Map a model, after fetching and packing it, with progress bars, where that has not happened yet."""
     with contextlib.closing(Bars()) as bars:
-        return load_model(model, progress=bars)
+        return load_model(config.model, home=config.home, progress=bars, **config.load_options())
 
 
 def serve(settings: Settings) -> int:
@@ -77,17 +80,17 @@ def serve(settings: Settings) -> int:
     this one imports the web framework and reads the tokenizer.
     """
     signal.signal(signal.SIGTERM, _terminate)  # until the server takes over: as process 1 nothing would end us
-    _configure_logging(settings.log_level)
-    for name in unknown_environment():
-        logger.warning("%s is set in the environment and means nothing to Seraph", name)
-    config = settings.engine_config()
+    logs.configure(settings.log_level, settings.log_format)
+    for name, meant in unknown_environment().items():
+        logger.warning("%s is set in the environment and means nothing to Seraph; is it meant to be %s?", name, meant)
+    config, stated = settings.engine_config(), settings.generation_defaults()
     listener = bind(settings.host, settings.port)
     with listener:
-        model = fetch(settings.model)
+        model = fetch(config)
         engine = NativeEngine(config)
         engine.launch()
         try:
-            return _run(settings, engine, model, listener)
+            return _run(settings, engine, model, stated, listener)
         finally:
             engine.kill()
 
@@ -134,7 +137,13 @@ def _unavailable(host: str, port: int, error: OSError) -> ConfigError:
             return ConfigError(f"Cannot listen on {host} port {port}: {error.strerror}.")
 
 
-def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener: socket.socket) -> int:
+def _run(
+    settings: Settings,
+    engine: NativeEngine,
+    model: PackedModel,
+    stated: Mapping[str, float] | None,
+    listener: socket.socket,
+) -> int:
     """Everything from the engine's launch to its end."""
     # Imported here, while the engine process is busy with its own start.
     import uvicorn
@@ -146,6 +155,7 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
     from server.routes.service import Service
 
     text = ModelText.from_info(model.info, chat_template=settings.chat_template_source())
+    defaults = model.info.generation_defaults if stated is None else stated
     model.close()  # its weights are the engine process's
     failure: SeraphError | None = None
     tasks: list[asyncio.Task[None]] = []
@@ -180,11 +190,11 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
         failure = error
         if error is None:
             gc.freeze()  # what is loaded stays: later collections need not walk it
-            print(_banner(settings, engine.capabilities(), listener.getsockname()[1]), flush=True)
+            print(banner(settings, engine.capabilities(), defaults, listener.getsockname()[1]), flush=True)
         else:
             web.should_exit = True
 
-    app = create_app(settings, engine, text, on_started=on_started)
+    app = create_app(settings, engine, text, generation_defaults=defaults, on_started=on_started)
     service: Service = app.state.service
     web = Server(
         uvicorn.Config(
@@ -220,31 +230,52 @@ def _run(settings: Settings, engine: NativeEngine, model: PackedModel, listener:
     return 0
 
 
-def _banner(settings: Settings, known: Capabilities, port: int) -> str:
+def banner(settings: Settings, known: Capabilities, defaults: Mapping[str, float], port: int) -> str:
+    """What a start says: the model, what it runs on, what fits, who may come in, where it listens, how to try it."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reachable = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else host
     rows = {
         "model": ", ".join(settings.model_names),
+        "weights": _weights(known),
         "kernels": f"{known.isa}, {known.threads} thread{'s' if known.threads != 1 else ''}",
-        "context": f"{known.max_model_len} tokens",
-        "KV cache": f"{known.kv_cache_tokens} tokens",
+        "context": _context(known),
+        "KV cache": _kv_cache(known),
+        "sampling": ", ".join(f"{name} {value:g}" for name, value in defaults.items()),
         "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
         "listening": f"http://{host}:{port}",
     }
     question = {"role": "user", "content": "Tell me the capital of France."}
     body = json.dumps({"model": settings.model_names[0], "messages": [question]})
     key = ' -H "authorization: Bearer $SERAPH_API_KEY"' if settings.api_key else ""
-    table = "\n".join(f"  {name:<10} {value}" for name, value in rows.items())
+    table = "\n".join(f"  {name:<10} {value}" for name, value in rows.items() if value)
     curl = f"curl http://{reachable}:{port}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'"
     return f"Seraph {version()}\n\n{table}\n\nTry it:\n\n  {curl}\n"
 
 
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    if level != "debug":
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are told by our own messages
+def _weights(known: Capabilities) -> str:
+    """Q4_1 GGUF, packed 4-bit: 135 million parameters in 97 MB"""
+    bits = known.weights.bits
+    packed = "bfloat16" if bits == 16 else f"packed {bits}-bit" if bits else ""
+    form = ", ".join(filter(None, (known.checkpoint_format, packed)))
+    if not known.num_parameters:
+        return form
+    millions = known.num_parameters / 1e6
+    count = f"{millions:,.0f} million" if millions < 1000 else f"{millions / 1000:,.1f} billion"
+    return f"{form or 'unknown'}: {count} parameters in {readable(known.weights.nbytes)}"
+
+
+def _context(known: Capabilities) -> str:
+    """8192 tokens, and why not as many as the model was made for"""
+    reduced = f" (of the model's {known.max_position})" if known.max_position > known.max_model_len else ""
+    return f"{known.max_model_len} tokens{reduced}"
+
+
+def _kv_cache(known: Capabilities) -> str:
+    """16384 tokens in 512 blocks, 377 MB: 2 requests of full length"""
+    full = known.kv_cache_tokens / known.max_model_len
+    fit = f"{full:.1f}".removesuffix(".0")
+    size = f" in {known.num_kv_blocks} blocks, {readable(known.kv_cache_bytes)}" if known.num_kv_blocks else ""
+    return f"{known.kv_cache_tokens} tokens{size}: {fit} request{'s' if fit != '1' else ''} of full length"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

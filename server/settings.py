@@ -1,192 +1,181 @@
-"""Every setting of the server: flag, environment name, default and help in one declaration each.
+"""Every setting of the server: flag, environment name, key in a file, default and help in one declaration each.
 
-A flag beats the environment, which beats the default. This is the only module of `server` that reads the environment.
+A flag beats the environment, which beats the configuration file, which beats the default. This is the only module of
+`server` that reads the environment.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ipaddress
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import DEFAULT_MODEL, ISAS, EngineConfig
-from engine.errors import ConfigError
+from engine.config import (
+    AUTO_KV_SHARE,
+    AUTO_KV_TOKENS,
+    BLOCK_SIZE,
+    DEFAULT_MODEL,
+    ISAS,
+    MIN_KV_TOKENS,
+    QUANTIZATIONS,
+    EngineConfig,
+)
+from engine.errors import ConfigError, FormatError, SourceError
+from engine.logs import FORMATS, LEVELS
+from server import config_file
+from server.options import (
+    FILE,
+    GENERATION,
+    MEMORY,
+    SWITCH,
+    TEXT,
+    GenerationConfig,
+    Option,
+    choice,
+    integer,
+    nearest,
+    option,
+    seconds,
+)
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
 OTHER_NAMES = frozenset({"SERAPH_HOME"})
 """Environment names read by `engine.config`, which has no flag for them."""
 
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How a setting's text becomes its value. `parse` raises ValueError; `allowed` completes "must be ..."."""
-
-    allowed: str
-    parse: Callable[[str], Any]
-    metavar: str
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One setting as the command line and the environment see it."""
-
-    name: str  # the field of Settings
-    help: str
-    kind: Kind
-    default: Any
-    repeatable: bool = False
-    positional: bool = False
-    secret: bool = False  # its value appears in no message
-
-    @property
-    def flag(self) -> str:
-        return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
-
-    @property
-    def environment_name(self) -> str:
-        return "SERAPH_" + self.name.upper()
-
-    @property
-    def is_switch(self) -> bool:
-        return self.kind is SWITCH
-
-
-def _switch(text: str) -> bool:
-    lowered = text.strip().lower()
-    if lowered in ("1", "true", "yes", "on"):
-        return True
-    if lowered in ("0", "false", "no", "off"):
-        return False
-    raise ValueError(text)
-
-
-def _nonempty(text: str) -> str:
-    if not text.strip():
-        raise ValueError(text)
-    return text
-
-
-def _choice(*choices: str) -> Kind:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(text)
-        return text
-
-    return Kind("one of " + ", ".join(choices), parse, "|".join(choices))
-
-
-def _integer(low: int, high: int, what: str = "N") -> Kind:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise ValueError(text)
-        return value
-
-    return Kind(f"a whole number between {low} and {high}", parse, what)
-
-
-def _seconds(low: float, high: float) -> Kind:
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:  # written so that NaN fails it
-            raise ValueError(text)
-        return value
-
-    return Kind(f"a number of seconds between {low:g} and {high:g}", parse, "SECONDS")
-
-
-def _file(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ValueError(text)
-    return path
-
-
-SWITCH = Kind("true or false", _switch, "")
-TEXT = Kind("a text that is not empty", _nonempty, "TEXT")
-FILE = Kind("the path of an existing file", _file, "FILE")
-
-
-def option(
-    default: Any,
-    help: str,
-    kind: Kind,
-    *,
-    repeatable: bool = False,
-    positional: bool = False,
-    secret: bool = False,
-) -> Any:
-    """A dataclass field that carries its whole declaration."""
-    declared = {
-        "help": help,
-        "kind": kind,
-        "default": default,
-        "repeatable": repeatable,
-        "positional": positional,
-        "secret": secret,
-    }
-    return dataclasses.field(default=default, metadata=declared)
+MODEL, ACCESS, MEMORY_GROUP, BATCHES, MACHINE, REQUESTS, RUNNING = (
+    "Model",
+    "Network and access",
+    "Context and memory",
+    "Batches and queue",
+    "Machine",
+    "Requests",
+    "Configuration and logs",
+)
+MAX_TOKENS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything `seraph serve` is told. Raises ConfigError where values do not go together."""
 
-    model: str = option(DEFAULT_MODEL, "Model to serve: an alias of the catalogue or a source.", TEXT, positional=True)
-    host: str = option("127.0.0.1", "Address to listen on.", TEXT)
-    port: int = option(8000, "Port to listen on; 0 takes any free one.", _integer(0, 65535, "PORT"))
-    api_key: tuple[str, ...] = option(
-        (), "Key that callers must send (Bearer or x-api-key). Repeatable.", TEXT, repeatable=True, secret=True
+    model: str = option(
+        DEFAULT_MODEL, "Model to serve: an alias of the catalogue or a source.", TEXT, MODEL, positional=True
     )
-    insecure: bool = option(False, "Allow listening beyond loopback without a key.", SWITCH)
+    quantization: str = option(
+        "auto",
+        "What becomes of float weights: none computes with bfloat16, int8 and int4 pack them; auto is as none. A "
+        "quantized checkpoint keeps its own.",
+        choice("auto", *QUANTIZATIONS),
+        MODEL,
+    )
     served_model_name: tuple[str, ...] = option(
-        (), "Model name in the API; the first is the one answers carry. Repeatable.", TEXT, repeatable=True
+        (),
+        "Names of the model in the API, several after one flag; by default the alias or the source's last part.",
+        TEXT,
+        MODEL,
+        repeatable=True,
+        greedy=True,
     )
     chat_template: Path | None = option(  # noqa: RUF009  # a field, as every other
-        None, "File with a chat template to use instead of the model's.", FILE
+        None, "File with a chat template to use instead of the model's.", FILE, MODEL
     )
-    max_model_len: int | None = option(
-        None, "Longest context in tokens; by default the model's own, within the KV cache.", _integer(2, 1 << 24)
-    )
-    max_num_seqs: int = option(64, "Most requests computed in one step.", _integer(1, 1024))
-    max_num_batched_tokens: int = option(512, "Most tokens computed in one step.", _integer(1, 65536))
-    kv_cache_tokens: int = option(16384, "Tokens of KV memory over all requests.", _integer(64, 1 << 28))
-    threads: int = option(0, "Threads of the engine; 0: every CPU this process may use.", _integer(0, 1024))
-    isa: str = option("auto", "Instruction set of the kernels.", _choice("auto", *ISAS))
-    prefix_caching: bool = option(True, "Reuse the KV blocks of shared prompt prefixes.", SWITCH)
-    strict_fields: bool = option(
-        False, "Refuse request fields that no known API has, instead of reporting them.", SWITCH
-    )
-    cors_origin: tuple[str, ...] = option(
-        (), "Origin that browsers may call from, or *. Repeatable; none by default.", TEXT, repeatable=True
-    )
-    allowed_host: tuple[str, ...] = option(
-        (), "Further Host header to accept on a loopback address, or *. Repeatable.", TEXT, repeatable=True
-    )
-    max_body_bytes: int = option(4 << 20, "Largest request body in bytes.", _integer(1024, 1 << 30, "BYTES"))
-    max_waiting: int = option(
-        512, "Sequences that may wait beyond max-num-seqs before callers get 503.", _integer(0, 1 << 20)
+    generation_config: str | GenerationConfig = option(  # noqa: RUF009
+        "auto",
+        "How requests are sampled where they do not say it themselves: as the checkpoint and the catalogue say (auto), "
+        "by the API's plain defaults (none), or by a generation_config.json, a folder with one, or a JSON object.",
+        GENERATION,
+        MODEL,
     )
     default_max_tokens: int | None = option(
-        None, "max_tokens of requests that name none; by default what the context leaves.", _integer(1, 1 << 24)
+        None,
+        "max_tokens of requests that name none.",
+        integer(1, MAX_TOKENS),
+        MODEL,
+        shown_default="the generation config's, else what the context leaves (completions: 16)",
     )
-    keep_alive_interval: float = option(
-        15.0, "Silence on a stream after which a keep-alive comment is sent.", _seconds(0.05, 3600)
+
+    host: str = option("127.0.0.1", "Address to listen on.", TEXT, ACCESS)
+    port: int = option(8000, "Port to listen on; 0 takes any free one.", integer(0, 65535, "PORT"), ACCESS)
+    api_key: tuple[str, ...] = option(
+        (), "Key that callers must send (Bearer or x-api-key). Repeatable.", TEXT, ACCESS, repeatable=True, secret=True
+    )
+    insecure: bool = option(False, "Allow listening beyond loopback without a key.", SWITCH, ACCESS)
+    allowed_host: tuple[str, ...] = option(
+        (), "Further Host header to accept on a loopback address, or *. Repeatable.", TEXT, ACCESS, repeatable=True
+    )
+    cors_origin: tuple[str, ...] = option(
+        (), "Origin that browsers may call from, or *. Repeatable; none by default.", TEXT, ACCESS, repeatable=True
+    )
+
+    max_model_len: int | None = option(
+        None,
+        "Longest context in tokens, prompt and answer together.",
+        integer(2, MAX_TOKENS),
+        MEMORY_GROUP,
+        shown_default="the model's own, or what the KV cache holds if that is less",
+    )
+    kv_cache_memory: str | None = option(
+        None,
+        "Memory for keys and values of all requests, as 2GiB; 25% is of what the machine and the cgroup give.",
+        MEMORY,
+        MEMORY_GROUP,
+        shown_default=f"{AUTO_KV_TOKENS} tokens or max-model-len, whichever is more, as far as {AUTO_KV_SHARE:.0%} "
+        "of the memory goes",
+    )
+    kv_cache_tokens: int | None = option(
+        None,
+        f"The same exactly, as a number of tokens (in blocks of {BLOCK_SIZE}); not together with kv-cache-memory.",
+        integer(MIN_KV_TOKENS, MAX_TOKENS),
+        MEMORY_GROUP,
+    )
+    prefix_caching: bool = option(True, "Reuse the KV blocks of shared prompt prefixes.", SWITCH, MEMORY_GROUP)
+
+    max_num_seqs: int = option(64, "Most requests computed in one step.", integer(1, 1024), BATCHES)
+    max_num_batched_tokens: int = option(
+        512, "Most tokens computed in one step; at least max-num-seqs.", integer(1, 65536), BATCHES
+    )
+    max_waiting: int = option(
+        512, "Sequences that may wait beyond max-num-seqs before callers get 503.", integer(0, 1 << 20), BATCHES
+    )
+
+    threads: int = option(0, "Threads of the engine; 0: every CPU this process may use.", integer(0, 1024), MACHINE)
+    isa: str = option("auto", "Instruction set of the kernels.", choice("auto", *ISAS), MACHINE)
+
+    max_body_bytes: int = option(4 << 20, "Largest request body in bytes.", integer(1024, 1 << 30, "BYTES"), REQUESTS)
+    strict_fields: bool = option(
+        False, "Refuse request fields that no known API has, instead of reporting them.", SWITCH, REQUESTS
     )
     body_timeout: float = option(
-        60.0, "Time a caller has to deliver its headers, and again its body.", _seconds(0.05, 3600)
+        60.0, "Time a caller has to deliver its headers, and again its body.", seconds(0.05, 3600), REQUESTS
     )
     send_timeout: float = option(
         60.0,
         "Time a caller may be unreachable, or take nothing of its answer, before it is cut off.",
-        _seconds(1, 3600),
+        seconds(1, 3600),
+        REQUESTS,
     )
-    drain_timeout: float = option(30.0, "Time that running requests have to finish after SIGTERM.", _seconds(0, 3600))
-    log_level: str = option("info", "Least severe messages to log.", _choice(*LOG_LEVELS))
+    keep_alive_interval: float = option(
+        15.0, "Silence on a stream after which a keep-alive comment is sent.", seconds(0.05, 3600), REQUESTS
+    )
+    drain_timeout: float = option(
+        30.0, "Time that running requests have to finish after SIGTERM.", seconds(0, 3600), REQUESTS
+    )
+
+    config: Path | None = option(  # noqa: RUF009
+        None, "TOML file with settings; flags and the environment beat it.", FILE, RUNNING, in_file=False
+    )
+    log_level: str = option(
+        "info",
+        "Least severe messages to log; debug shows what each step of the engine computes.",
+        choice(*LEVELS),
+        RUNNING,
+        environment="SERAPH_LOG",
+    )
+    log_format: str = option("text", "How log lines look.", choice(*FORMATS), RUNNING)
 
     def __post_init__(self) -> None:
         if not (self.api_key or self.insecure or is_loopback(self.host)):
@@ -203,10 +192,27 @@ class Settings:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_tokens=self.kv_cache_tokens,
+            kv_cache_memory=self.kv_cache_memory,
             enable_prefix_caching=self.prefix_caching,
+            quantization=None if self.quantization == "auto" else self.quantization,
             threads=self.threads,
             isa=self.isa,
         )
+
+    def generation_defaults(self) -> dict[str, float] | None:
+        """What requests that leave a sampling field out get for it, by the API's names; None: what the model says.
+
+        Warns of ways of decoding that a given configuration asks for and that we do not have. Raises ConfigError for
+        a value that cannot be.
+        """
+        if not isinstance(self.generation_config, GenerationConfig):
+            return None if self.generation_config == "auto" else {}
+        from engine.weights.generation import defaults_from_config
+
+        try:
+            return defaults_from_config(self.generation_config.values, self.generation_config.where)
+        except FormatError as error:
+            raise ConfigError(f"--generation-config: {error}.") from None
 
     def chat_template_source(self) -> str | None:
         """The operator's chat template, None where the model's is wanted. Raises ConfigError."""
@@ -219,18 +225,18 @@ class Settings:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names the API knows the model by: `served_model_name`, else the last part of the source."""
-        return self.served_model_name or (self.model.rstrip("/").rsplit("/", 1)[-1],)
+        """Names the API knows the model by: `served_model_name`, else the one that its source gives."""
+        return self.served_model_name or (_name_of(self.model),)
 
 
 def options() -> Iterator[Option]:
-    """Every setting's declaration, in the order of the help text."""
+    """Every setting's declaration, in the order of the help text; a group's settings follow one another."""
     for field in dataclasses.fields(Settings):
         yield Option(name=field.name, **field.metadata)
 
 
 def resolve(flags: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:
-    """Settings from flags (None or () stands for "not given"), then the environment, then defaults.
+    """Settings from flags (None or () stands for "not given"), the environment, a configuration file, and defaults.
 
     Flags and environment hold text, except that switches among the flags are bool. A repeatable setting's environment
     value is split at commas. Raises ConfigError naming the key, the value (unless secret) and what is allowed.
@@ -247,14 +253,24 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str] | None = No
             if declared.repeatable:
                 parts = [part.strip() for part in from_environment.split(",") if part.strip()]
             values[declared.name] = _parse(declared, declared.environment_name, parts)
+    if (file := values.get("config")) is not None:
+        values = {**config_file.read(file, options()), **values}
     return Settings(**values)
 
 
-def unknown_environment(environment: Mapping[str, str] | None = None) -> list[str]:
-    """SERAPH_ names in the environment that mean nothing: most likely misspelled."""
+def unknown_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """SERAPH_ names in the environment that mean nothing, each with the one that was most likely meant.
+
+    For a name that a flag suggests, as SERAPH_LOG_LEVEL, that is the flag's own.
+    """
     known = {declared.environment_name for declared in options()} | OTHER_NAMES
+    suggested = {"SERAPH_" + declared.name.upper(): declared.environment_name for declared in options()}
     names = os.environ if environment is None else environment
-    return sorted(name for name in names if name.startswith("SERAPH_") and name not in known)
+    return {
+        name: suggested.get(name) or nearest(name, sorted(known))
+        for name in sorted(names)
+        if name.startswith("SERAPH_") and name not in known
+    }
 
 
 def is_loopback(host: str) -> bool:
@@ -267,18 +283,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@functools.cache
+def _name_of(source: str) -> str:
+    from engine.weights.source import model_id
+
+    try:
+        return model_id(source)
+    except SourceError:  # for whoever loads it to say
+        return source
+
+
 def _parse(declared: Option, key: str, given: Any) -> Any:
     if declared.repeatable:
-        return tuple(_parse_one(declared, key, part) for part in given)
-    return given if isinstance(given, bool) else _parse_one(declared, key, given)
-
-
-def _parse_one(declared: Option, key: str, text: str) -> Any:
-    try:
-        return declared.kind.parse(text)
-    except ValueError:
-        got = "another value" if declared.secret else repr(text)
-        raise ConfigError(f"{key} must be {declared.kind.allowed}, got {got}.") from None
+        return tuple(declared.parse(key, part) for part in given)
+    return given if isinstance(given, bool) else declared.parse(key, given)
 
 
 def version() -> str:

@@ -8,11 +8,14 @@ import json
 import secrets
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
+from engine import logs
 from engine.backends.base import Engine
 from engine.backends.native import NativeEngine
 from engine.config import DEFAULT_MODEL
@@ -28,13 +31,16 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 
+TEMPERATURE = 0.7
+"""Of an engine of our own, where neither the user nor the generation config names one."""
+
 HELP = "/exit or Ctrl-D ends, /clear begins anew, Ctrl-C interrupts an answer."
 
 
 class Partner(Protocol):
     """Who answers."""
 
-    def answer(self, messages: Messages, sampling: SamplingParams) -> AsyncGenerator[str, None]:
+    def answer(self, messages: Messages) -> AsyncGenerator[str, None]:
         """The answer's text as it comes. Raises SeraphError. Closing it stops the answer."""
         ...
 
@@ -42,11 +48,12 @@ class Partner(Protocol):
 class LocalPartner:
     """An engine of our own."""
 
-    def __init__(self, engine: Engine, text: Text) -> None:
+    def __init__(self, engine: Engine, text: Text, sampling: SamplingParams) -> None:
         self._engine = engine
         self._text = text
+        self._sampling = sampling
 
-    async def answer(self, messages: Messages, sampling: SamplingParams) -> AsyncGenerator[str, None]:
+    async def answer(self, messages: Messages) -> AsyncGenerator[str, None]:
         known = self._engine.capabilities()
         prompt = self._text.encode_chat(messages)
         room = known.max_model_len - len(prompt)
@@ -56,9 +63,7 @@ class LocalPartner:
             request_id=f"chat-{uuid.uuid4().hex}",
             model=known.model,
             prompt_token_ids=prompt,
-            sampling=SamplingParams(
-                max_tokens=min(sampling.max_tokens or room, room), temperature=sampling.temperature
-            ),
+            sampling=msgspec.structs.replace(self._sampling, max_tokens=min(self._sampling.max_tokens or room, room)),
             seed=secrets.randbits(64),
         )
         stream = self._text.stream((), 0)
@@ -72,18 +77,17 @@ class LocalPartner:
 
 
 class RemotePartner:
-    """A server that speaks the OpenAI API."""
+    """A server that speaks the OpenAI API. `sampling` are fields of its requests; the server knows the others."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, model: str, sampling: Mapping[str, float]) -> None:
         self._client = client
         self._model = model
+        self._sampling = sampling
 
-    async def answer(self, messages: Messages, sampling: SamplingParams) -> AsyncGenerator[str, None]:
+    async def answer(self, messages: Messages) -> AsyncGenerator[str, None]:
         import httpx
 
-        body: dict[str, Any] = {"messages": messages, "stream": True, "temperature": sampling.temperature}
-        if sampling.max_tokens is not None:
-            body["max_tokens"] = sampling.max_tokens
+        body: dict[str, Any] = {"messages": messages, "stream": True, **self._sampling}
         try:
             body["model"] = self._model = self._model or await self._first_model()
             async with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -119,7 +123,6 @@ class Conversation:
     """The history, and one turn at a time. `write` and `read` are the terminal."""
 
     partner: Partner
-    sampling: SamplingParams
     system: str = ""
     read: Callable[[str], str] = input
     write: Callable[[str], object] = sys.stdout.write
@@ -166,7 +169,7 @@ class Conversation:
             self.messages.pop()
 
     async def _show(self, parts: list[str]) -> None:
-        async with aclosing(self.partner.answer(list(self.messages), self.sampling)) as pieces:
+        async with aclosing(self.partner.answer(list(self.messages))) as pieces:
             async for piece in pieces:
                 if piece:
                     parts.append(piece)
@@ -174,8 +177,13 @@ class Conversation:
                     sys.stdout.flush()
 
 
-def chat(settings: Settings, *, url: str, sampling: SamplingParams, system: str) -> None:
-    """Talk until the user ends it: to the server at `url`, or, where it is empty, to an engine started for this."""
+def chat(settings: Settings, *, url: str, asked: Mapping[str, float], system: str) -> None:
+    """Talk until the user ends it: to the server at `url`, or, where it is empty, to an engine started for this.
+
+    `asked` are the sampling fields that the user gave, by the API's names. Raises RequestError where they cannot be.
+    """
+    SamplingParams.from_defaults(asked)
+    logs.configure(settings.log_level, settings.log_format)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()
 
@@ -188,13 +196,16 @@ def chat(settings: Settings, *, url: str, sampling: SamplingParams, system: str)
             # A terminal on this machine speaks to the server it names, not to a proxy that the environment names.
             client = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
             try:
-                partner = RemotePartner(client, "" if settings.model == DEFAULT_MODEL else settings.model)
-                Conversation(partner, sampling, system).run(runner)
+                partner = RemotePartner(client, "" if settings.model == DEFAULT_MODEL else settings.model, asked)
+                Conversation(partner, system).run(runner)
             finally:
                 runner.run(client.aclose())
             return
-        model = fetch(settings.model)
-        engine = NativeEngine(settings.engine_config())
+        config, stated = settings.engine_config(), settings.generation_defaults()
+        model = fetch(config)
+        defaults = model.info.generation_defaults if stated is None else stated
+        sampling = SamplingParams.from_defaults({"temperature": TEMPERATURE, **defaults, **asked})
+        engine = NativeEngine(config)
         engine.launch()
         try:
             from engine.text import ModelText
@@ -203,7 +214,7 @@ def chat(settings: Settings, *, url: str, sampling: SamplingParams, system: str)
             model.close()
             runner.run(engine.start())
             try:
-                Conversation(LocalPartner(engine, text), sampling, system).run(runner)
+                Conversation(LocalPartner(engine, text, sampling), system).run(runner)
             finally:
                 runner.run(engine.stop(drain=0.0))
         finally:

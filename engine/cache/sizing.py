@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from engine.config import BLOCK_SIZE, MIN_KV_TOKENS, EngineConfig, memory_limit, parse_memory
+from engine.config import (
+    AUTO_KV_SHARE,
+    AUTO_KV_TOKENS,
+    BLOCK_SIZE,
+    MIN_KV_TOKENS,
+    EngineConfig,
+    memory_limit,
+    parse_memory,
+)
 from engine.errors import ConfigError
 from engine.models.spec import DecoderSpec
-
-AUTO_TOKENS = 16384
-"""Tokens of KV memory where nothing else is asked for: the default model's context for two requests of full length."""
-
-AUTO_SHARE = 0.25
-"""Most of the memory this process may use that the KV cache takes by itself: the weights are to stay in memory too."""
 
 
 def num_kv_blocks(config: EngineConfig, spec: DecoderSpec, *, memory: Callable[[], int] = memory_limit) -> int:
     """Blocks of the KV cache; `memory` tells the bytes this process may use.
 
     kv_cache_tokens counts exactly (in whole blocks), kv_cache_memory is never exceeded. Without either it is
-    AUTO_TOKENS, or max_model_len where that is more, as far as AUTO_SHARE of the memory goes. Raises ConfigError where
-    it cannot hold MIN_KV_TOKENS or does not fit the memory.
+    AUTO_KV_TOKENS, or max_model_len where that is more, as far as AUTO_KV_SHARE of the memory goes. Raises ConfigError
+    where it cannot hold MIN_KV_TOKENS or does not fit the memory.
     """
     per_block = BLOCK_SIZE * spec.kv_bytes_per_token()
     limit = memory()
@@ -42,8 +44,8 @@ def num_kv_blocks(config: EngineConfig, spec: DecoderSpec, *, memory: Callable[[
                 f"model take, got {config.kv_cache_memory!r}."
             )
         return num_blocks
-    wanted = math.ceil(max(AUTO_TOKENS, config.max_model_len or 0) / BLOCK_SIZE)
-    return max(MIN_KV_TOKENS // BLOCK_SIZE, min(wanted, int(AUTO_SHARE * limit) // per_block))
+    wanted = math.ceil(max(AUTO_KV_TOKENS, config.max_model_len or 0) / BLOCK_SIZE)
+    return max(MIN_KV_TOKENS // BLOCK_SIZE, min(wanted, int(AUTO_KV_SHARE * limit) // per_block))
 
 
 def readable(nbytes: int) -> str:

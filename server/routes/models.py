@@ -15,7 +15,13 @@ router = APIRouter()
 
 
 def _model(service: Service, name: str, max_model_len: int) -> Model:
-    return Model(id=name, created=service.created, root=_public(service.settings.model), max_model_len=max_model_len)
+    return Model(
+        id=name,
+        created=service.created,
+        root=_public(service.settings.model),
+        max_model_len=max_model_len,
+        generation_defaults=dict(service.generation_defaults),
+    )
 
 
 def _public(source: str) -> str:

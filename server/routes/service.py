@@ -7,12 +7,13 @@ import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.requests import Request as HTTPRequest
 
+from engine import logs
 from engine.backends.base import Engine
 from engine.errors import ContextLengthError, RequestError
 from engine.request import Capabilities, Request
@@ -41,6 +42,7 @@ class Service:
     text: Text
     metrics: Metrics
     gate: Gate
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)  # fields that a request leaves out
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))
     started: bool = False  # the engine's start has ended, well or not
@@ -115,9 +117,11 @@ class Service:
         """One choice per prompt and answer asked for, in the order of the answer's indices.
 
         Answers to one prompt share seed and group and differ in choice_index. Raises RequestError; ContextLengthError
-        for a prompt that leaves no room.
+        for a prompt that leaves no room. A limit on the answer is, in this order, the request's, the operator's, the
+        generation config's, `default_max_tokens`, and what the context leaves.
         """
-        known = self.engine.capabilities()
+        known, defaults = self.engine.capabilities(), self.generation_defaults
+        usual = self.settings.default_max_tokens or int(defaults.get("max_tokens", 0)) or default_max_tokens
         seed = concrete_seed(body.seed, self.draw_seed())
         choices: list[Choice] = []
         for p, prompt in enumerate(prompts):
@@ -126,8 +130,8 @@ class Service:
             room = known.max_model_len - len(prompt)
             if room < 1:
                 raise ContextLengthError(max_model_len=known.max_model_len, num_tokens=len(prompt), param=param)
-            asked = body.asked_max_tokens or self.settings.default_max_tokens or default_max_tokens or room
-            sampling = body.sampling(max_tokens=min(asked, room), vocab_size=known.vocab_size)
+            max_tokens = min(body.asked_max_tokens or usual or room, room)
+            sampling = body.sampling(max_tokens=max_tokens, vocab_size=known.vocab_size, defaults=defaults)
             for c in range(body.num_choices):
                 index = p * body.num_choices + c
                 request = Request(
@@ -141,6 +145,7 @@ class Service:
                     priority=body.priority or 0,
                     tenant=principal.tenant,
                     cache_salt=body.cache_salt or "",  # the engine keeps tenants apart by itself
+                    trace=logs.current_request(),
                 )
                 choices.append(Choice(index, request, self.text.stream(sampling.stop, sampling.min_tokens)))
         return choices
@@ -152,6 +157,7 @@ class Service:
             async with Generation(
                 self.engine, choices, receive=http.receive, metrics=self.metrics, arrived=http.state.arrived
             ) as generation:
+                http.state.generation = generation  # for the access log
                 yield generation
 
     async def whole(self, choices: Sequence[Choice], http: HTTPRequest) -> tuple[list[Answer], Usage]:

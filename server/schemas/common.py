@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -119,25 +119,29 @@ class GenerationBody(RequestBody):
     def continuous_usage(self) -> bool:
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def sampling(self, *, max_tokens: int, vocab_size: int) -> SamplingParams:
-        """Validated sampling parameters. Raises RequestError naming the first field outside its range."""
+    def sampling(self, *, max_tokens: int, vocab_size: int, defaults: Mapping[str, float]) -> SamplingParams:
+        """Validated sampling parameters; `defaults` holds fields that were left out, and null leaves them out too.
+
+        Raises RequestError naming the first field outside its range.
+        """
         need_tokens("logit_bias", self.logit_bias or (), vocab_size)
         need_tokens("stop_token_ids", self.stop_token_ids or (), vocab_size)
 
-        def given(value: float | None, default: float) -> float:
-            return default if value is None else float(value)
+        def of(name: str, otherwise: float = 0.0) -> float:
+            value = getattr(self, name)
+            return float(defaults.get(name, otherwise) if value is None else value)
 
         sampling = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
-            temperature=given(self.temperature, 1.0),
-            top_p=given(self.top_p, 1.0),
+            temperature=of("temperature", 1.0),
+            top_p=of("top_p", 1.0),
             # More than the vocabulary is the vocabulary, and the engine's field is 32 bits wide.
-            top_k=min(self.top_k or 0, vocab_size),
-            min_p=given(self.min_p, 0.0),
-            repetition_penalty=given(self.repetition_penalty, 1.0),
-            presence_penalty=given(self.presence_penalty, 0.0),
-            frequency_penalty=given(self.frequency_penalty, 0.0),
+            top_k=min(int(defaults.get("top_k", 0)) if self.top_k is None else self.top_k, vocab_size),
+            min_p=of("min_p"),
+            repetition_penalty=of("repetition_penalty", 1.0),
+            presence_penalty=of("presence_penalty"),
+            frequency_penalty=of("frequency_penalty"),
             logit_bias=self.logit_bias or {},
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),

@@ -11,7 +11,8 @@ class Model(BaseModel):
     """One served model.
 
     `max_model_len` is the longest context in tokens. `root` is what the model was loaded from, without the folders of
-    this machine; load generators take their tokenizer by it where they are given none.
+    this machine; load generators take their tokenizer by it where they are given none. `generation_defaults` are the
+    sampling fields that a request gets where it leaves them out.
     """
 
     id: str
@@ -21,6 +22,7 @@ class Model(BaseModel):
     root: str
     parent: None = None
     max_model_len: int
+    generation_defaults: dict[str, float]
 
 
 class ModelList(BaseModel):

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from engine.errors import ConfigError, EngineError
 from engine.request import SamplingParams
-from server.cli import INTERRUPTED, WRONG_CONFIG, app, told
+from server.cli import app
+from server.parameters import INTERRUPTED, WRONG_CONFIG, told
 from server.serving import bind
 from server.settings import options
 from server.terminal import Conversation, LocalPartner, Messages, RemotePartner
@@ -143,7 +144,7 @@ class Parrot:
 
     heard: list[Messages] = field(default_factory=list)
 
-    async def answer(self, messages: Messages, sampling: SamplingParams) -> AsyncGenerator[str, None]:
+    async def answer(self, messages: Messages) -> AsyncGenerator[str, None]:
         self.heard.append(messages)
         said = messages[-1]["content"]
         if said == "fail":
@@ -157,7 +158,7 @@ class Parrot:
 def converse(partner: Parrot, *lines: str, system: str = "") -> Script:
     script = Script(list(lines))
     with asyncio.Runner() as runner:
-        conversation = Conversation(partner, SamplingParams(), system, read=script.read, write=script.written.append)
+        conversation = Conversation(partner, system, read=script.read, write=script.written.append)
         conversation.run(runner)
     return script
 
@@ -196,18 +197,18 @@ HI = [{"role": "user", "content": "Hi"}]
 async def test_a_local_partner() -> None:
     engine = FakeEngine(lambda request: say(request, "Hello"))
     await engine.start()
-    partner = LocalPartner(engine, FakeText())
-    assert "".join([piece async for piece in partner.answer(HI, SamplingParams(temperature=0.0))]) == "Hello"
+    partner = LocalPartner(engine, FakeText(), SamplingParams(temperature=0.0))
+    assert "".join([piece async for piece in partner.answer(HI)]) == "Hello"
     assert engine.requests[0].sampling.temperature == 0.0
 
 
 async def test_a_remote_partner() -> None:
     engine = FakeEngine(lambda request: say(request, "Hello"))
     async with listening(engine) as url, httpx.AsyncClient(base_url=url) as client:
-        partner = RemotePartner(client, "")
-        assert "".join([piece async for piece in partner.answer(HI, SamplingParams(max_tokens=4))]) == "Hell"
+        partner = RemotePartner(client, "", {"max_tokens": 4})
+        assert "".join([piece async for piece in partner.answer(HI)]) == "Hell"
         with pytest.raises(Exception, match="does not exist here"):
-            _ = [piece async for piece in RemotePartner(client, "other").answer(HI, SamplingParams())]
+            _ = [piece async for piece in RemotePartner(client, "other", {}).answer(HI)]
 
 
 async def test_a_remote_partner_that_is_not_there() -> None:
@@ -215,4 +216,4 @@ async def test_a_remote_partner_that_is_not_there() -> None:
         url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
         async with httpx.AsyncClient(base_url=url) as client:
             with pytest.raises(EngineError, match="does not answer"):
-                _ = [piece async for piece in RemotePartner(client, "m").answer(HI, SamplingParams())]
+                _ = [piece async for piece in RemotePartner(client, "m", {}).answer(HI)]

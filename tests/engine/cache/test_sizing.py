@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from engine.cache.sizing import AUTO_TOKENS, num_kv_blocks
-from engine.config import BLOCK_SIZE, EngineConfig
+from engine.cache.sizing import num_kv_blocks
+from engine.config import AUTO_KV_TOKENS, BLOCK_SIZE, EngineConfig
 from engine.errors import ConfigError
 from tests.engine.fakes import make_spec
 
@@ -21,9 +21,9 @@ def blocks(memory: int = PLENTY, **fields: Any) -> int:
 @pytest.mark.parametrize(
     ("memory", "fields", "expected"),
     [
-        (PLENTY, {}, AUTO_TOKENS // BLOCK_SIZE),
-        (PLENTY, {"max_model_len": AUTO_TOKENS + 1}, AUTO_TOKENS // BLOCK_SIZE + 1),  # what was asked for fits
-        (PLENTY, {"max_model_len": 100}, AUTO_TOKENS // BLOCK_SIZE),
+        (PLENTY, {}, AUTO_KV_TOKENS // BLOCK_SIZE),
+        (PLENTY, {"max_model_len": AUTO_KV_TOKENS + 1}, AUTO_KV_TOKENS // BLOCK_SIZE + 1),  # what was asked for fits
+        (PLENTY, {"max_model_len": 100}, AUTO_KV_TOKENS // BLOCK_SIZE),
         (40 * BLOCK, {}, 10),  # a quarter of the memory
         (4 * BLOCK, {}, 2),  # the least there can be
         (PLENTY, {"kv_cache_tokens": 96}, 3),
