@@ -25,6 +25,7 @@ class Limits:
 
     read_gbs: dict[int, float]  # GB/s of sequential reads
     int8_tops: dict[int, float]  # 10**12 operations a second of 4-bit by int8 dot products, from registers
+    float32_tops: dict[int, float]  # the same of float32 multiply-adds
 
 
 def native_build(isa: str) -> ModuleType:
@@ -39,15 +40,17 @@ def measure_limits(isa: str, threads: int, repeats: int = 5) -> Limits:
     """Measure with 1 to `threads` threads and the instructions of `isa`, each in turn, `repeats` times."""
     module = native_build(isa)
     reads: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
-    rates: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
+    int8: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
+    float32: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
     for _ in range(repeats):
         for t in range(1, threads + 1):
             reads[t].append(module.read_bandwidth(BYTES, t))
-            rates[t].append(module.int8_rate(t))
-    return Limits(
-        {t: statistics.median(values) for t, values in reads.items()},
-        {t: statistics.median(values) for t, values in rates.items()},
+            int8[t].append(module.int8_rate(t))
+            float32[t].append(module.float32_rate(t))
+    reads_of, int8_of, float32_of = (
+        {t: statistics.median(values) for t, values in measured.items()} for measured in (reads, int8, float32)
     )
+    return Limits(reads_of, int8_of, float32_of)
 
 
 def cpu_name() -> str:

@@ -2,7 +2,7 @@
 
 One step is, for the flat tokens of all requests: an embedding row each; per layer attention and the gated
 feed-forward, both added onto the residual; a final norm, the head and the sampler for the rows that want them.
-Everything is float32 except the integer dot products inside a quantized projection and the sampler's sums.
+Everything is float32 except the integer dot products inside a projection of quants and the sampler's sums.
 
 The order of every sum and the place of every rounding are part of the definition. Rounding activations to 8 bits
 makes that necessary: a last bit that differs moves some activation to the next level, and over 30 layers two such
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
 from engine.kernels.batch import Float32, Int32, StepBatch, Weights
-from engine.kernels.layout import GROUP, LANES, PackedTensor, dequantize, unpack_matrix
-from engine.kernels.reference_math import exp, fma, round_to_bf16, sum_lanes
+from engine.kernels.layout import GROUP, LANES, PackedTensor, dequantize, from_bf16, to_bf16, unpack_matrix
+from engine.kernels.reference_math import exp, fma, sum_lanes
 from engine.kernels.reference_sampler import sample
 from engine.kernels.validate import check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
@@ -38,11 +38,11 @@ _COLUMNS = 1024  # outputs of a projection computed together, so that they stay 
 class ReferenceProgram:
     """The `Program` that computes in numpy.
 
-    `activations` "int8" is the native arithmetic: activations are rounded to 8 bits per (row, group of 32), and a
-    row's result does not depend, in any bit, on the other rows of the step. "float32" keeps activations and the
-    dequantized weights in float32, which is what a float32 implementation of the model computes; its products go
-    through BLAS, whose rounding depends on the number of rows. `kv_dtype` "float32" also leaves keys and values
-    unrounded. Raises ValueError for weights that do not fit `spec`.
+    `activations` "int8" is the native arithmetic: what a matrix of quants multiplies is rounded to 8 bits per (row,
+    group of 32), a matrix of bfloat16 multiplies float32, and a row's result does not depend, in any bit, on the other
+    rows of the step. "float32" keeps all activations and the dequantized weights in float32, which is what a float32
+    implementation of the model computes; its products go through BLAS, whose rounding depends on the number of rows.
+    `kv_dtype` "float32" also leaves keys and values unrounded. Raises ValueError for weights that do not fit `spec`.
     """
 
     isa = "reference"
@@ -67,7 +67,7 @@ class ReferenceProgram:
         self.spec = spec
         self.num_blocks = num_blocks
         self._round_kv = kv_dtype == "bf16"
-        make = QuantizedMatrix if activations == "int8" else FloatMatrix
+        make = kernel_matrix if activations == "int8" else FloatMatrix
         self._matrices: dict[str, Matrix] = {
             name: make(tensor) for name, tensor in weights.items() if tensor.format is not None
         }
@@ -142,7 +142,7 @@ class ReferenceProgram:
         keys = rotate(k.reshape(-1, spec.num_kv_heads, spec.head_dim), cos, sin)
         values = v.reshape(-1, spec.num_kv_heads, spec.head_dim)
         if self._round_kv:
-            keys, values = round_to_bf16(keys), round_to_bf16(values)
+            keys, values = from_bf16(to_bf16(keys)), from_bf16(to_bf16(values))
 
         request_of_token = np.repeat(np.arange(len(batch.seq_lens)), np.diff(batch.query_starts))
         blocks = batch.block_tables[0, request_of_token, batch.positions // BLOCK_SIZE]
@@ -205,6 +205,38 @@ class QuantizedMatrix:
                     total = fma(self._mins[g, columns], scales[:, g, None] * sums[:, g, None], total)
             out[:, columns] = total
         return out
+
+
+class Bf16Matrix:
+    """Float32 multiply-adds of bfloat16 weights and float32 activations, summed by group of 32 inputs."""
+
+    def __init__(self, tensor: PackedTensor) -> None:
+        assert tensor.format is not None
+        self._weights = dequantize(tensor.format, tensor.data.view(np.uint8))
+
+    def rows(self, ids: Int32) -> Float32:
+        return self._weights[ids]
+
+    def project(self, x: Float32) -> Float32:
+        inputs = np.ascontiguousarray(x.T)  # [k, M]
+        out = np.empty((len(x), len(self._weights)), np.float32)
+        for begin in range(0, out.shape[1], _COLUMNS):
+            columns = slice(begin, begin + _COLUMNS)
+            weights = np.ascontiguousarray(self._weights[columns].T)  # [k, n]
+            total = np.zeros_like(out[:, columns])
+            for first in range(0, len(weights), GROUP):  # in this order
+                group = np.zeros_like(total)
+                for k in range(first, first + GROUP):  # and in this one
+                    group = fma(inputs[k, :, None], weights[k], group)
+                total += group
+            out[:, columns] = total
+        return out
+
+
+def kernel_matrix(tensor: PackedTensor) -> Matrix:
+    """A matrix that multiplies as the kernels do."""
+    assert tensor.format is not None
+    return QuantizedMatrix(tensor) if tensor.format.is_quantized else Bf16Matrix(tensor)
 
 
 class FloatMatrix:

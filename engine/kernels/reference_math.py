@@ -56,10 +56,3 @@ def sum_lanes(lanes: Float32) -> Float32:
         lanes = lanes[..., :width] + lanes[..., width:]
         width //= 2
     return lanes[..., 0]
-
-
-def round_to_bf16(x: Float32) -> Float32:
-    """Round to the nearest bfloat16, ties to even; the result is float32 again."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded: NDArray[np.uint32] = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(x), x, rounded.view(np.float32))

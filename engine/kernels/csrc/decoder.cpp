@@ -23,12 +23,16 @@ std::vector<int> no_tiles(int phases) {
 
 } // namespace
 
-QuantRows Decoder::Activations::rows(int64_t count, int k) {
-    const int64_t groups = k / kGroup;
-    grow(q, count * k);
-    grow(scale, count * groups);
-    grow(scaled_sum, count * groups);
-    grow(start, count * groups);
+void Decoder::Activations::make_room(int64_t rows, int quants, int floats) {
+    const int64_t groups = quants / kGroup;
+    grow(q, rows * quants);
+    grow(scale, rows * groups);
+    grow(scaled_sum, rows * groups);
+    grow(start, rows * groups);
+    grow(values, rows * floats);
+}
+
+QuantRows Decoder::Activations::quants() {
     return {q.data(), scale.data(), scaled_sum.data(), start.data()};
 }
 
@@ -37,16 +41,34 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv
       team_(threads, 10 * shape.num_layers + 4), attention_(kv_, shape.num_heads, threads),
       own_(static_cast<size_t>(threads)), own_phase_(static_cast<size_t>(threads)),
       scratch_(static_cast<size_t>(threads)), sampler_(static_cast<size_t>(threads)) {
-    phases_.push_back({Op::kEmbed, 0});
+    const auto add = [this](Op op, int layer, const Matrix* w) { phases_.push_back({op, layer, w}); };
+    add(Op::kEmbed, 0, &weights_.embed);
     for (int i = 0; i < shape.num_layers; ++i) {
-        for (Op op : {Op::kAttnNorm, Op::kQkv, Op::kRope, Op::kAttend, Op::kMerge, Op::kOut, Op::kFfnNorm, Op::kGateUp,
-                      Op::kGate, Op::kDown}) {
-            phases_.push_back({op, i});
+        const DecoderLayer& layer = weights_.layers[i];
+        add(Op::kAttnNorm, i, &layer.qkv);
+        add(Op::kQkv, i, &layer.qkv);
+        add(Op::kRope, i, nullptr);
+        add(Op::kAttend, i, nullptr);
+        add(Op::kMerge, i, &layer.o);
+        add(Op::kOut, i, &layer.o);
+        add(Op::kFfnNorm, i, &layer.gate_up);
+        add(Op::kGateUp, i, &layer.gate_up);
+        add(Op::kGate, i, &layer.down);
+        add(Op::kDown, i, &layer.down);
+    }
+    add(Op::kFinal, 0, &weights_.head);
+    add(Op::kHead, 0, &weights_.head);
+    add(Op::kSample, 0, nullptr);
+    tiles_ = no_tiles(static_cast<int>(phases_.size()));
+    // What attention and the gate leave is float32 already: a matrix of bfloat16 reads it where it lies.
+    for (const auto& [op, layer, w] : phases_) {
+        if (op == Op::kQkv || op == Op::kOut || op == Op::kGateUp || op == Op::kDown || op == Op::kHead) {
+            if (w->quantized())
+                widest_quants_ = std::max(widest_quants_, w->k);
+            else if (op != Op::kOut && op != Op::kDown)
+                widest_floats_ = std::max(widest_floats_, w->k);
         }
     }
-    for (Op op : {Op::kFinal, Op::kHead, Op::kSample})
-        phases_.push_back({op, 0});
-    tiles_ = no_tiles(static_cast<int>(phases_.size()));
 }
 
 void Decoder::run(const Step& step, const int32_t* previous) {
@@ -67,14 +89,13 @@ void Decoder::prepare(const Step& step) {
     grow(attended_, tokens * q_size);
     grow(gated_, tokens * s.intermediate);
     grow(request_of_, tokens);
-    const int widest = std::max({s.hidden, q_size, s.intermediate});
-    shared_.rows(std::max(tokens, rows), widest);
+    shared_.make_room(std::max(tokens, rows), widest_quants_, widest_floats_);
     if (own_activations_) {
         for (auto& own : own_)
-            own.rows(kOwnRows, widest);
+            own.make_room(kOwnRows, widest_quants_, widest_floats_);
     }
     for (auto& scratch : scratch_)
-        grow(scratch, widest);
+        grow(scratch, std::max(s.hidden, s.head_dim));
     if (rows > 0 && !step.logits && step.sampling)
         grow(logits_, rows * s.vocab);
     for (int r = 0; r < step.num_requests; ++r) {
@@ -83,44 +104,43 @@ void Decoder::prepare(const Step& step) {
     attention_.plan(step_);
     std::fill(own_phase_.begin(), own_phase_.end(), -1);
     for (size_t p = 0; p < phases_.size(); ++p)
-        tiles_[p] = num_tiles(phases_[p].op);
+        tiles_[p] = num_tiles(phases_[p]);
 }
 
-int Decoder::num_tiles(Op op) const {
+int Decoder::num_tiles(const Phase& phase) const {
     const int row_tiles = ceil_div(step_.num_tokens, kRowsPerTile);
-    const auto projection = [&](const Matrix& w, bool may_halve) {
+    const auto projection = [&](bool may_halve) {
+        const int strips = phase.w->num_strips();
         if (step_.num_tokens > kMaxRows)
-            return w.num_strips() * ceil_div(step_.num_tokens, kTileRows);
+            return strips * ceil_div(step_.num_tokens, kTileRows);
         // Half strips where whole ones would leave a thread waiting for the last one.
-        return w.num_strips() * (may_halve && w.num_strips() < 16 * team_.size() ? 2 : 1);
+        return strips * (may_halve && strips < 16 * team_.size() ? 2 : 1);
     };
-    const DecoderLayer& layer = weights_.layers[0];
     const bool wants_logits = step_.num_rows > 0 && (step_.logits || step_.sampling);
-    switch (op) {
+    switch (phase.op) {
     case Op::kEmbed:
         return step_.num_tokens;
     case Op::kAttnNorm:
     case Op::kFfnNorm:
-    case Op::kGate:
         return own_activations_ ? 0 : row_tiles;
-    case Op::kQkv:
-        return projection(layer.qkv, true);
+    case Op::kGate:
+        return own_activations_ || !phase.w->quantized() ? 0 : row_tiles;
     case Op::kRope:
         return row_tiles;
     case Op::kAttend:
         return attention_.num_tiles();
     case Op::kMerge:
-        return own_activations_ ? attention_.num_split_rows() : row_tiles;
+        return own_activations_ || !phase.w->quantized() ? attention_.num_split_rows() : row_tiles;
+    case Op::kQkv:
     case Op::kOut:
-        return projection(layer.o, true);
-    case Op::kGateUp:
-        return projection(layer.gate_up, false);
     case Op::kDown:
-        return projection(layer.down, true);
+        return projection(true);
+    case Op::kGateUp:
+        return projection(false);
     case Op::kFinal:
         return wants_logits || step_.hidden ? step_.num_rows : 0;
     case Op::kHead:
-        return wants_logits ? weights_.head.num_strips() * ceil_div(step_.num_rows, kTileRows) : 0;
+        return wants_logits ? phase.w->num_strips() * ceil_div(step_.num_rows, kTileRows) : 0;
     case Op::kSample:
         return step_.sampling ? step_.num_rows : 0;
     }
@@ -128,35 +148,31 @@ int Decoder::num_tiles(Op op) const {
 }
 
 void Decoder::tile(int phase, int index, int thread) {
-    const auto [op, i] = phases_[phase];
+    const auto [op, i, w] = phases_[phase];
     const DecoderLayer& layer = weights_.layers[i];
     switch (op) {
     case Op::kEmbed:
         return embed(index);
     case Op::kAttnNorm:
-        return norm_rows(layer.attn_norm, index, thread);
-    case Op::kQkv:
-        return project(layer.qkv, phase, index, thread);
+        return norm_rows(layer.attn_norm, *w, index, thread);
     case Op::kRope:
         return rope(i, index, thread);
     case Op::kAttend:
         return attention_.attend(i, index, qkv_.data(), layer.qkv.n, thread, attended_.data());
     case Op::kMerge:
-        return merge(index);
-    case Op::kOut:
-        return project(layer.o, phase, index, thread);
+        return merge(*w, index);
     case Op::kFfnNorm:
-        return norm_rows(layer.ffn_norm, index, thread);
-    case Op::kGateUp:
-        return project(layer.gate_up, phase, index, thread);
+        return norm_rows(layer.ffn_norm, *w, index, thread);
     case Op::kGate:
         return quantize_rows(gated_.data(), shape_.intermediate, index);
+    case Op::kQkv:
+    case Op::kOut:
+    case Op::kGateUp:
     case Op::kDown:
-        return project(layer.down, phase, index, thread);
+    case Op::kHead:
+        return project(phase, index, thread);
     case Op::kFinal:
         return final_row(index, thread);
-    case Op::kHead:
-        return project(weights_.head, phase, index, thread);
     case Op::kSample:
         return sample(index, thread);
     }
@@ -182,52 +198,56 @@ void Decoder::norm(const float* x, const float* weight, float* out) const {
         store(out + i, load(x + i) * scale * load(weight + i));
 }
 
-void Decoder::norm_rows(const float* weight, int tile, int thread) {
-    const int n = shape_.hidden, end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
-    const QuantRows to = shared_.rows(0, n);
+// Row `row` of `to` = the norm of x, in the form that w reads.
+void Decoder::norm_row(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int thread) {
+    if (!w.quantized())
+        return norm(x, weight, to.values.data() + static_cast<int64_t>(row) * shape_.hidden);
     float* normed = scratch_[thread].data();
-    for (int row = tile * kRowsPerTile; row < end; ++row) {
-        norm(x_.data() + static_cast<int64_t>(row) * n, weight, normed);
-        quantize_row(normed, n, to, row);
-    }
+    norm(x, weight, normed);
+    quantize_row(normed, shape_.hidden, to.quants(), row);
+}
+
+void Decoder::norm_rows(const float* weight, const Matrix& w, int tile, int thread) {
+    const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
+    for (int row = tile * kRowsPerTile; row < end; ++row)
+        norm_row(x_.data() + static_cast<int64_t>(row) * shape_.hidden, weight, w, shared_, row, thread);
 }
 
 void Decoder::quantize_rows(const float* from, int k, int tile) {
     const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
-    const QuantRows to = shared_.rows(0, k);
     for (int row = tile * kRowsPerTile; row < end; ++row)
-        quantize_row(from + static_cast<int64_t>(row) * k, k, to, row);
+        quantize_row(from + static_cast<int64_t>(row) * k, k, shared_.quants(), row);
 }
 
-// The quantized input of a projection: what the phase before it made, or, in a small step, what this thread makes for
-// itself at its first tile. Both run the same code on the same rows.
-QuantRows Decoder::input_of(int phase, int thread) {
-    const auto [op, i] = phases_[phase];
+// The input of a projection in the form that its matrix reads: what the phase before it made, or, in a small step, what
+// this thread makes for itself at its first tile. Both run the same code on the same rows.
+InputRows Decoder::input_of(int phase, int thread) {
+    const auto [op, i, w] = phases_[phase];
     const DecoderLayer& layer = weights_.layers[i];
     const bool normed = op == Op::kQkv || op == Op::kGateUp;
-    const int k = op == Op::kOut ? layer.o.k : op == Op::kDown ? layer.down.k : shape_.hidden;
-    if (!own_activations_ || op == Op::kHead)
-        return shared_.rows(0, k);
-    const QuantRows to = own_[thread].rows(0, k);
-    if (own_phase_[thread] == phase)
-        return to;
-    own_phase_[thread] = phase;
     const float* from = normed ? x_.data() : op == Op::kOut ? attended_.data() : gated_.data();
-    for (int row = 0; row < step_.num_tokens; ++row, from += k) {
-        const float* x = from;
-        if (normed) {
-            norm(from, op == Op::kQkv ? layer.attn_norm : layer.ffn_norm, scratch_[thread].data());
-            x = scratch_[thread].data();
-        }
-        quantize_row(x, k, to, row);
+    if (!w->quantized() && (op == Op::kOut || op == Op::kDown))
+        return {{}, from};
+    if (op == Op::kHead)
+        return {shared_.quants(), step_.hidden ? step_.hidden : shared_.values.data()};
+    if (!own_activations_)
+        return {shared_.quants(), shared_.values.data()};
+    Activations& own = own_[thread];
+    for (int row = 0; own_phase_[thread] != phase && row < step_.num_tokens; ++row, from += w->k) {
+        if (normed)
+            norm_row(from, op == Op::kQkv ? layer.attn_norm : layer.ffn_norm, *w, own, row, thread);
+        else
+            quantize_row(from, w->k, own.quants(), row);
     }
-    return to;
+    own_phase_[thread] = phase;
+    return {own.quants(), own.values.data()};
 }
 
 // One tile of a projection: a strip (or half of one) times up to kTileRows rows, and its epilogue. Between the two the
 // tile's sums lie in `out`: whatever is added to a projection before its epilogue is added there.
-void Decoder::project(const Matrix& w, int phase, int index, int thread) {
+void Decoder::project(int phase, int index, int thread) {
     const Op op = phases_[phase].op;
+    const Matrix& w = *phases_[phase].w;
     const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
     const int chunks = ceil_div(num_rows, kTileRows);
     int strip = index / chunks, first_half = 0, last_half = 2;
@@ -238,7 +258,7 @@ void Decoder::project(const Matrix& w, int phase, int index, int thread) {
     }
     const int chunk = tiles_[phase] > w.num_strips() * chunks ? 0 : index % chunks;
     const int begin = chunk * kTileRows, count = std::min(kTileRows, num_rows - begin);
-    const QuantRows x = input_of(phase, thread);
+    const InputRows x = input_of(phase, thread);
     alignas(64) float out[kMaxRows * kStrip];
     const int passes = ceil_div(count, kMaxRows);
     for (int pass = 0; pass < passes; ++pass) {
@@ -313,9 +333,10 @@ void Decoder::rope(int layer, int tile, int thread) {
     }
 }
 
-// Rows whose contexts were split become whole; unless every thread does so for itself, all rows are quantized.
-void Decoder::merge(int index) {
-    if (own_activations_)
+// Rows whose contexts were split become whole, and all rows are quantized where w, which reads them, wants that and the
+// threads do not do so for themselves.
+void Decoder::merge(const Matrix& w, int index) {
+    if (own_activations_ || !w.quantized())
         return attention_.merge(index, attended_.data());
     const int begin = index * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
     for (int i = 0; i < attention_.num_split_rows(); ++i) {
@@ -327,9 +348,13 @@ void Decoder::merge(int index) {
 
 void Decoder::final_row(int row, int thread) {
     const int n = shape_.hidden;
-    float* normed = step_.hidden ? step_.hidden + static_cast<int64_t>(row) * n : scratch_[thread].data();
-    norm(x_.data() + static_cast<int64_t>(step_.logits_rows[row]) * n, weights_.final_norm, normed);
-    quantize_row(normed, n, shared_.rows(0, n), row);
+    const float* x = x_.data() + static_cast<int64_t>(step_.logits_rows[row]) * n;
+    if (!step_.hidden)
+        return norm_row(x, weights_.final_norm, weights_.head, shared_, row, thread);
+    float* normed = step_.hidden + static_cast<int64_t>(row) * n;
+    norm(x, weights_.final_norm, normed);
+    if (weights_.head.quantized())
+        quantize_row(normed, n, shared_.quants(), row);
 }
 
 void Decoder::sample(int row, int thread) {

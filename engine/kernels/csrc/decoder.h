@@ -61,29 +61,32 @@ class Decoder {
     struct Phase {
         Op op;
         int layer;
+        const Matrix* w; // of a projection; of a phase before it, the one whose input it makes
     };
-    // Quantized activations of one projection's input, and the per-thread copies that small steps make for themselves.
+    // Rows of one projection's input, in either form, and the per-thread copies that small steps make for themselves.
     struct Activations {
         std::vector<int8_t> q;
         std::vector<float> scale, scaled_sum;
         std::vector<int32_t> start;
-        // Room for `count` rows of k inputs (never shrinks), and where they lie.
-        QuantRows rows(int64_t count, int k);
+        std::vector<float> values;
+        void make_room(int64_t rows, int quants, int floats); // so many inputs a row in each form; never shrinks
+        QuantRows quants();
     };
 
     void prepare(const Step& step);
-    int num_tiles(Op op) const;
+    int num_tiles(const Phase& phase) const;
     void tile(int phase, int index, int thread);
 
     void embed(int token);
     void norm(const float* x, const float* weight, float* out) const;
-    void norm_rows(const float* weight, int tile, int thread);
+    void norm_row(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int thread);
+    void norm_rows(const float* weight, const Matrix& w, int tile, int thread);
     void quantize_rows(const float* from, int k, int tile);
-    QuantRows input_of(int phase, int thread);
-    void project(const Matrix& w, int phase, int index, int thread);
+    InputRows input_of(int phase, int thread);
+    void project(int phase, int index, int thread);
     void epilogue(Op op, const Matrix& w, int row, int column, int from, int to, const float* y);
     void rope(int layer, int tile, int thread);
-    void merge(int index);
+    void merge(const Matrix& w, int index);
     void final_row(int row, int thread);
     void sample(int row, int thread);
 
@@ -91,13 +94,14 @@ class Decoder {
     DecoderWeights weights_;
     KvCache kv_;
     std::vector<Phase> phases_;
+    int widest_quants_ = 0, widest_floats_ = 0; // inputs of a row that phases prepare in each form
     Team team_;
     StepAttention attention_;
 
     // Of the step that runs.
     Step step_{};
     const int32_t* previous_ = nullptr;
-    bool own_activations_ = false; // few rows: each thread quantizes for itself and a phase is saved
+    bool own_activations_ = false; // few rows: each thread makes a projection's input for itself, a phase is saved
     std::vector<int> tiles_;
     std::vector<float> x_, qkv_, attended_, gated_; // [tokens, ...]
     std::vector<float> logits_;                     // [rows, vocab], where the caller wants none

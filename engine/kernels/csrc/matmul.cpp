@@ -1,6 +1,7 @@
 #include "matmul.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "simd.h"
 
@@ -162,39 +163,49 @@ void dispatch_rows(const Matrix& w, const uint8_t* strip, int first, int last, c
 
 } // namespace
 
-void project_strip(const Matrix& w, int strip, int first_half, int last_half, const QuantRows& x, int row, int rows,
+void project_strip(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int row, int rows,
                    float* out) {
+    if (!w.quantized())
+        return project_strip_bf16(w, strip, first_half, last_half, x.values, row, rows, out);
     const uint8_t* data = w.data + strip * w.strip_bytes();
     if (w.bits == 4) {
-        return w.min ? dispatch_rows<4, true>(w, data, first_half, last_half, x, row, rows, out)
-                     : dispatch_rows<4, false>(w, data, first_half, last_half, x, row, rows, out);
+        return w.min ? dispatch_rows<4, true>(w, data, first_half, last_half, x.quants, row, rows, out)
+                     : dispatch_rows<4, false>(w, data, first_half, last_half, x.quants, row, rows, out);
     }
-    return w.min ? dispatch_rows<8, true>(w, data, first_half, last_half, x, row, rows, out)
-                 : dispatch_rows<8, false>(w, data, first_half, last_half, x, row, rows, out);
+    return w.min ? dispatch_rows<8, true>(w, data, first_half, last_half, x.quants, row, rows, out)
+                 : dispatch_rows<8, false>(w, data, first_half, last_half, x.quants, row, rows, out);
 }
 
 void dequantize_row(const Matrix& w, int n, float* out) {
-    const int strip = n / kStrip, lane = n % kStrip, vector = lane / kLanes;
-    const uint8_t* cell = w.data + strip * w.strip_bytes();
+    const int lane = n % kStrip, vector = lane / kLanes;
+    const uint8_t* cell = w.data + n / kStrip * w.strip_bytes();
     const int zero_point = w.min ? 0 : 1 << (w.bits - 1);
-    for (int g = 0; g < w.num_groups(); ++g, cell += w.cell_bytes()) {
+    for (int g = 0; g < w.num_groups(); ++g, cell += w.cell_bytes(), out += kGroup) {
+        const uint8_t* values = cell + lane / 32 * (w.value_bytes() / 2) + lane % 32 * 4;
+        if (!w.quantized()) {
+            for (int k = 0; k < kGroup; ++k) {
+                uint16_t bits;
+                std::memcpy(&bits, values + k / 2 * kRowBytes + k % 2 * 2, 2);
+                out[k] = from_bf16(bits);
+            }
+            continue;
+        }
         // A vector's 16 scales are converted for one of them: the twin of what the projections read.
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(cell + w.quant_bytes()) + vector * kLanes;
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(cell + w.value_bytes()) + vector * kLanes;
         float d[kLanes], m[kLanes] = {};
         store(d, load_f16(scales));
         if (w.min)
             store(m, load_f16(scales + kStrip));
-        const uint8_t* quants = cell + lane / 32 * (w.quant_bytes() / 2) + lane % 32 * 4;
         for (int k = 0; k < kGroup; ++k) {
             int quant;
             if (w.bits == 4) {
-                const uint8_t byte = quants[k / 8 * kRowBytes + k % 4];
+                const uint8_t byte = values[k / 8 * kRowBytes + k % 4];
                 quant = k % 8 < 4 ? byte & 15 : byte >> 4;
             } else {
-                quant = quants[k / 4 * kRowBytes + k % 4];
+                quant = values[k / 4 * kRowBytes + k % 4];
             }
             const float scaled = d[lane % kLanes] * static_cast<float>(quant - zero_point);
-            out[g * kGroup + k] = w.min ? scaled + m[lane % kLanes] : scaled;
+            out[k] = w.min ? scaled + m[lane % kLanes] : scaled;
         }
     }
 }

@@ -1,4 +1,5 @@
-// Quantized projections: int8 activations times packed 4- or 8-bit weights (the layout is engine/kernels/layout.py).
+// Projections: int8 activations times packed 4- or 8-bit weights, float32 activations times bfloat16 weights (the
+// layout is engine/kernels/layout.py).
 #pragma once
 
 #include <cstdint>
@@ -13,18 +14,19 @@ constexpr int kTileRows = 64; // activation rows of one unit of work
 struct Matrix {
     const uint8_t* data;
     int n, k; // outputs, inputs
-    int bits; // 4 or 8
-    bool min; // Correction.MIN, else ZERO_POINT
+    int bits; // 4 or 8: quants; 16: bfloat16
+    bool min; // quants: Correction.MIN, else ZERO_POINT
 
+    bool quantized() const { return bits != 16; }
     int num_strips() const { return (n + kStrip - 1) / kStrip; }
     int num_groups() const { return k / kGroup; }
-    int quant_bytes() const { return kStrip * kGroup * bits / 8; }
-    int cell_bytes() const { return quant_bytes() + kStrip * 2 * (min ? 2 : 1); }
+    int value_bytes() const { return kStrip * kGroup * bits / 8; }
+    int cell_bytes() const { return value_bytes() + kStrip * 2 * (!quantized() ? 0 : min ? 2 : 1); }
     int64_t strip_bytes() const { return static_cast<int64_t>(num_groups()) * cell_bytes(); }
     int64_t nbytes() const { return num_strips() * strip_bytes(); }
 };
 
-// Rows of activations as the kernels read them. Row r of q starts at r * k, of the others at r * k / 32.
+// Rows of activations as a matrix of quants reads them. Row r of q starts at r * k, of the others at r * k / 32.
 struct QuantRows {
     int8_t* q;         // [rows, k]
     float* scale;      // [rows, k / 32] largest magnitude of the group / 127
@@ -32,14 +34,23 @@ struct QuantRows {
     int32_t* start;    // [rows, k / 32] -8 * sum(q), where a ZERO_POINT sum starts (times 16 for 8 bits)
 };
 
+// The input of a projection, in the form that its matrix reads.
+struct InputRows {
+    QuantRows quants;
+    const float* values; // [rows, k], what a matrix of bfloat16 reads
+};
+
 // One row x float32 [k] into row `row` of `to`.
 void quantize_row(const float* x, int k, const QuantRows& to, int row);
 
 // out[r * 64 + c] = row r times output c of a strip, for `rows` <= kMaxRows rows from `row` on. Only the 32-output
-// halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups in order, whatever
-// `rows` is: that is what makes a row's result independent of its batch.
-void project_strip(const Matrix& w, int strip, int first_half, int last_half, const QuantRows& x, int row, int rows,
+// halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups in order (and that
+// of bfloat16 over each group's inputs in order), whatever `rows` is: that is what makes a row's result independent of
+// its batch.
+void project_strip(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int row, int rows,
                    float* out);
+void project_strip_bf16(const Matrix& w, int strip, int first_half, int last_half, const float* x, int row, int rows,
+                        float* out); // where project_strip goes with bfloat16
 
 // Row `n` of the matrix, dequantized, float32 [k].
 void dequantize_row(const Matrix& w, int n, float* out);

@@ -192,7 +192,7 @@ class Program {
     std::vector<int32_t> previous_;
 };
 
-// y float32 [M, n] = x float32 [M, k] through the quantized projection, with one thread, `rows` at a time.
+// y float32 [M, n] = x float32 [M, k] through the projection, with one thread, `rows` at a time.
 void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
     const Matrix w = matrix_of(packed);
     const int m = static_cast<int>(x.size()) / w.k;
@@ -205,15 +205,15 @@ void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
     std::vector<int8_t> q(x.size());
     std::vector<float> scale(groups), scaled_sum(groups);
     std::vector<int32_t> start(groups);
-    const QuantRows quantized{q.data(), scale.data(), scaled_sum.data(), start.data()};
-    for (int r = 0; r < m; ++r)
-        quantize_row(x.data() + static_cast<int64_t>(r) * w.k, w.k, quantized, r);
+    const InputRows input{{q.data(), scale.data(), scaled_sum.data(), start.data()}, x.data()};
+    for (int r = 0; r < m && w.quantized(); ++r)
+        quantize_row(x.data() + static_cast<int64_t>(r) * w.k, w.k, input.quants, r);
     alignas(64) float out[kMaxRows * kStrip];
     for (int strip = 0; strip < w.num_strips(); ++strip) {
         const int columns = std::min(kStrip, w.n - strip * kStrip);
         for (int row = 0; row < m; row += rows) {
             const int count = std::min(rows, m - row);
-            project_strip(w, strip, 0, 2, quantized, row, count, out);
+            project_strip(w, strip, 0, 2, input, row, count, out);
             for (int r = 0; r < count; ++r) {
                 std::copy_n(out + r * kStrip, columns, y.data() + static_cast<int64_t>(row + r) * w.n + strip * kStrip);
             }
@@ -248,7 +248,8 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
     std::vector<int8_t> q(static_cast<size_t>(m) * static_cast<size_t>(k), 3);
     std::vector<float> scale(groups, 0.01f), scaled_sum(groups, 0.01f);
     std::vector<int32_t> start(groups, 0);
-    const QuantRows x{q.data(), scale.data(), scaled_sum.data(), start.data()};
+    const std::vector<float> values(q.size(), 0.03f);
+    const InputRows x{{q.data(), scale.data(), scaled_sum.data(), start.data()}, values.data()};
     Team team(threads, turns);
     const int chunks = (m + kTileRows - 1) / kTileRows;
     const std::vector<int> tiles(static_cast<size_t>(turns), w.num_strips() * chunks);
@@ -300,6 +301,7 @@ NB_MODULE(SERAPH_MODULE, m) {
     m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"),
           nb::call_guard<nb::gil_scoped_release>());
     m.def("int8_rate", &int8_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+    m.def("float32_rate", &float32_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("cpu_supports", &cpu_supports, nb::arg("isa"));
     m.def("uniform", &uniform, nb::arg("seed"), nb::arg("choice"), nb::arg("position"));
 }

@@ -100,6 +100,32 @@ double int8_rate(int threads) {
     return 2.0 * 64 * kPerTurn * kChains * kTurns * threads / time * 1e-12;
 }
 
+double float32_rate(int threads) {
+    // Enough chains to hide the latency of a multiply-add, few enough for the registers.
+    constexpr int kChains = alignof(F32) == 64 ? 12 : 6, kTurns = 400000, kPerTurn = 4;
+    std::vector<float> sums(static_cast<size_t>(threads));
+    const double time = together(threads, [&](int t) {
+        F32 sum[kChains];
+        for (int c = 0; c < kChains; ++c)
+            sum[c] = set1(static_cast<float>(t + c));
+        const F32 shrink = set1(0.25f), add = set1(0.5f);
+        for (int turn = 0; turn < kTurns; ++turn) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kPerTurn; ++i) {
+#pragma GCC unroll 16
+                for (int c = 0; c < kChains; ++c)
+                    sum[c] = fma(sum[c], shrink, add);
+            }
+        }
+        for (int c = 1; c < kChains; ++c)
+            sum[0] = sum[0] + sum[c];
+        sums[t] = reduce_add(sum[0]);
+    });
+    volatile float keep = sums[0];
+    (void)keep;
+    return 2.0 * kLanes * kPerTurn * kChains * kTurns * threads / time * 1e-12;
+}
+
 bool cpu_supports(const char* isa) {
     const std::string_view name(isa);
     if (name == "portable")

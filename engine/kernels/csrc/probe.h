@@ -12,6 +12,9 @@ double read_bandwidth(int64_t bytes, int threads);
 // registers.
 double int8_rate(int threads);
 
+// The same of float32 multiply-adds.
+double float32_rate(int threads);
+
 // Whether this CPU has the instructions of the named build: "avx512", "avx2", "portable".
 bool cpu_supports(const char* isa);
 

@@ -79,4 +79,12 @@ SERAPH_INLINE uint16_t to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Exact: a bfloat16 is the upper half of a float32.
+SERAPH_INLINE float from_bf16(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+}
+
 } // namespace seraph

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
 from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch
-from engine.kernels.layout import GROUP, Correction, PackedTensor, pack_matrix
+from engine.kernels.layout import GROUP, Correction, PackedTensor, pack_bf16, pack_matrix, to_bf16
 from engine.models.spec import DecoderSpec, RopeSpec
 
 
@@ -35,8 +35,24 @@ def tiny_spec(**changes: Any) -> DecoderSpec:
     return DecoderSpec(**fields)
 
 
+Format = tuple[int, Correction]
+"""Bits and correction of a matrix."""
+
+INT4, INT8 = (4, Correction.MIN), (8, Correction.ZERO_POINT)
+BF16 = (16, Correction.NONE)
+FORMATS: tuple[Format, ...] = (
+    (4, Correction.ZERO_POINT),
+    (4, Correction.MIN),
+    (8, Correction.ZERO_POINT),
+    (8, Correction.MIN),
+    BF16,
+)
+
+
 def random_matrix(rng: np.random.Generator, n: int, k: int, bits: int, correction: Correction) -> PackedTensor:
     """A random packed matrix whose outputs keep the size of its inputs."""
+    if correction is Correction.NONE:
+        return PackedTensor(*pack_bf16(to_bf16((rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32))))
     levels = 1 << bits
     quants = rng.integers(0, levels, (n, k), dtype=np.uint8)
     scales = (rng.uniform(0.5, 1.5, (n, k // GROUP)) * np.sqrt(12 / k) / levels).astype(np.float16)
@@ -47,16 +63,18 @@ def random_matrix(rng: np.random.Generator, n: int, k: int, bits: int, correctio
 
 
 def random_weights(
-    spec: DecoderSpec, *, bits: int = 4, correction: Correction = Correction.MIN, seed: int = 0
+    spec: DecoderSpec, fmt: Format = INT4, *, formats: Mapping[str, Format] | None = None, seed: int = 0
 ) -> dict[str, PackedTensor]:
-    """Random weights of a spec; matrices share a format."""
+    """Random weights of a spec. `formats` names matrices, or those of all layers ("qkv"), that are not in `fmt`."""
     rng = np.random.default_rng(seed)
+    others = dict(formats or {})
     weights = {}
     for name, shape in spec.tensor_shapes().items():
         if len(shape) == 1:
             weights[name] = PackedTensor(None, rng.uniform(0.5, 1.5, shape).astype(np.float32))
         else:
-            weights[name] = random_matrix(rng, shape[0], shape[1], bits, correction)
+            own = others.get(name, others.get(name.rpartition(".")[2], fmt))
+            weights[name] = random_matrix(rng, shape[0], shape[1], *own)
     return weights
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.extra import numpy as npst
 
 from engine.kernels.layout import (
     Correction,
@@ -55,7 +57,8 @@ def test_a_row_of_a_bf16_cell_holds_two_inputs_of_every_output() -> None:
 
 def test_bf16_rounds_to_the_nearest_and_ties_to_even() -> None:
     def of(bits: int) -> np.float32:
-        return np.array([bits], np.uint32).view(np.float32)[0]
+        value: np.float32 = np.array([bits], np.uint32).view(np.float32)[0]
+        return value
 
     cases = {
         0x3F800000: 0x3F80,  # exact
@@ -73,6 +76,29 @@ def test_bf16_rounds_to_the_nearest_and_ties_to_even() -> None:
     assert [hex(got) for got in to_bf16(values)] == [hex(want) for want in cases.values()]
     exact = np.arange(0, 0x7F80, dtype=np.uint16)
     np.testing.assert_array_equal(to_bf16(from_bf16(exact)), exact)
+
+
+@given(npst.arrays(np.uint32, 16))
+def test_bf16_takes_the_nearest_value_and_an_even_one_between_two(bits: np.ndarray) -> None:
+    x = bits.view(np.float32)
+    x = np.where(np.isfinite(x), x, np.float32(0))
+    rounded = from_bf16(to_bf16(x))
+    assert not (rounded.view(np.uint32) & 0xFFFF).any()
+    low = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # toward zero
+    high = (low.view(np.uint32) + np.uint32(0x10000)).view(np.float32)  # the next one away from zero
+    # After the largest finite value comes infinity; rounding decides as if that were the number 2**128.
+    up = np.where(np.isinf(high), 2.0**128 * np.sign(x.astype(np.float64)), high.astype(np.float64))
+    to_low, to_high = np.abs(x - low.astype(np.float64)), np.abs(up - x)
+    even = (low.view(np.uint32) >> 16 & 1) == 0
+    expected = np.where((to_low < to_high) | ((to_low == to_high) & even), low, high)
+    assert (rounded == expected).all()
+
+
+def test_bf16_keeps_what_is_not_a_number() -> None:
+    x = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000], np.uint32).view(np.float32)
+    rounded = from_bf16(to_bf16(x))
+    assert np.isnan(rounded[:3]).all()
+    assert (rounded[3:] == [np.inf, -np.inf]).all()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -12,12 +13,17 @@ from hypothesis import strategies as st
 from engine.errors import ConfigError
 from engine.kernels import available_isas, create_program, select_isa
 from engine.kernels.batch import Float32, Int32, Program, SamplingArrays
-from engine.kernels.layout import Correction, PackedTensor
+from engine.kernels.layout import Correction, PackedTensor, pack_bf16, to_bf16
 from engine.kernels.native import build, native_matrix, native_sampling
-from engine.kernels.reference import QuantizedMatrix, ReferenceProgram
+from engine.kernels.reference import QuantizedMatrix, ReferenceProgram, kernel_matrix
 from engine.kernels.reference_sampler import sample, uniform
 from engine.models.spec import DecoderSpec
 from tests.engine.kernels.steps import (
+    BF16,
+    FORMATS,
+    INT4,
+    INT8,
+    Format,
     Piece,
     cosines,
     logits_of,
@@ -29,14 +35,29 @@ from tests.engine.kernels.steps import (
 )
 
 ISAS = available_isas()
-FORMATS = [(bits, correction) for bits in (4, 8) for correction in Correction]
 
+# What the matrices of a program may be stored as: one format for all, or several mixed.
+MIXES: dict[str, tuple[Format, Mapping[str, Format]]] = {
+    "4-bit": (INT4, {}),
+    "8-bit": (INT8, {}),
+    "bf16": (BF16, {}),
+    "bf16 embedding": (INT4, {"embed": BF16}),
+    "bf16 qkv and down, 8-bit o": (INT4, {"qkv": BF16, "down": BF16, "o": INT8}),
+    "bf16 o and gate_up": (INT8, {"o": BF16, "gate_up": BF16}),
+    "layers apart": (
+        INT4,
+        {"layers.0.qkv": BF16, "layers.1.o": BF16, "layers.0.gate_up": INT8, "layers.1.down": BF16, "head": BF16},
+    ),
+    "4-bit head": (BF16, {"head": INT4}),
+}
 # Twelve query heads over one KV head fill one pass of the attention; 18 need two.
 SPECS = {
     "grouped": tiny_spec(max_position=2048),
     "one query head a KV head": tiny_spec(num_heads=4, num_kv_heads=4, head_dim=32, hidden_size=128, vocab_size=64),
     "many heads share a KV head": tiny_spec(num_heads=18, num_kv_heads=1, head_dim=16, tie_embeddings=False),
     "wide heads": tiny_spec(num_heads=2, num_kv_heads=1, head_dim=80, intermediate_size=32),
+    "heads of 96": tiny_spec(num_heads=4, num_kv_heads=2, head_dim=96, num_layers=1),
+    "32 heads of 128 on 8": tiny_spec(num_heads=32, num_kv_heads=8, head_dim=128, num_layers=1),
 }
 
 
@@ -52,8 +73,10 @@ def program(isa: str) -> Iterator[Program]:
     made.close()
 
 
-def make_program(spec: DecoderSpec, isa: str, *, threads: int = 2, bits: int = 4, num_blocks: int = 80) -> Program:
-    return create_program(spec, random_weights(spec, bits=bits), num_blocks=num_blocks, threads=threads, isa=isa)
+def make_program(spec: DecoderSpec, isa: str, *, threads: int = 2, mix: str = "4-bit", num_blocks: int = 80) -> Program:
+    fmt, formats = MIXES[mix]
+    weights = random_weights(spec, fmt, formats=formats)
+    return create_program(spec, weights, num_blocks=num_blocks, threads=threads, isa=isa)
 
 
 def matmul(isa: str, tensor: PackedTensor, x: Float32, rows: int) -> Float32:
@@ -87,16 +110,48 @@ def test_this_machine_runs_a_native_build() -> None:
 
 
 @pytest.mark.parametrize(("bits", "correction"), FORMATS)
-@pytest.mark.parametrize(("n", "k"), [(1, 32), (31, 96), (33, 64), (65, 576), (200, 160)])
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (31, 96), (33, 64), (65, 576), (200, 160), (307, 96)])
 def test_a_projection_is_the_twins(isa: str, n: int, k: int, bits: int, correction: Correction) -> None:
     rng = np.random.default_rng(n)
     tensor = random_matrix(rng, n, k, bits, correction)
-    x = rng.normal(size=(11, k)).astype(np.float32)
-    expected = QuantizedMatrix(tensor).project(x)
+    x = rng.normal(size=(65, k)).astype(np.float32)
+    expected = kernel_matrix(tensor).project(x)
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 65):
+        y = matmul(isa, tensor, x[:count], 8)
+        if isa == "portable":
+            np.testing.assert_allclose(y, expected[:count], rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+        else:
+            np.testing.assert_array_equal(y, expected[:count])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-36, 1e18, 1e38])
+def test_bf16_products_of_any_size_are_the_twins(isa: str, size: float) -> None:
+    """Zeros of both signs, subnormal inputs, weights and sums, and sums that overflow."""
+    rng = np.random.default_rng(3)
+    weights = (rng.normal(size=(70, 96)) * 10.0 ** rng.integers(-4, 2, (70, 96))).astype(np.float32)
+    weights[rng.random(weights.shape) < 0.1] = -0.0
+    weights[rng.random(weights.shape) < 0.1] = 1e-39  # as bfloat16 a subnormal too
+    tensor = PackedTensor(*pack_bf16(to_bf16(weights)))
+    x = (rng.normal(size=(5, 96)) * size).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = kernel_matrix(tensor).project(x)
+    y = matmul(isa, tensor, x, 5)
+    assert np.isfinite(expected).all() == (size < 1e38)
     if isa == "portable":
-        np.testing.assert_allclose(matmul(isa, tensor, x, 8), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(np.isfinite(y), finite)
+        np.testing.assert_allclose(y[finite], expected[finite], rtol=1e-4, atol=1e-5 * size + 96 * 2.0**-149)
     else:
-        np.testing.assert_array_equal(matmul(isa, tensor, x, 8), expected)
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_a_bf16_projection_rounds_no_activation(isa: str) -> None:
+    """A matrix with one 1 in each row picks inputs, to the bit."""
+    rng = np.random.default_rng(4)
+    picked = rng.integers(0, 64, 100)
+    tensor = PackedTensor(*pack_bf16(to_bf16(np.eye(64, dtype=np.float32)[picked])))
+    x = rng.normal(size=(9, 64)).astype(np.float32)
+    np.testing.assert_array_equal(matmul(isa, tensor, x, 8), x[:, picked])
 
 
 @pytest.mark.parametrize(("bits", "correction"), FORMATS)
@@ -131,14 +186,32 @@ def test_vector_builds_agree_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_logits_are_the_twins(isa: str, name: str, bits: int) -> None:
+@pytest.mark.parametrize("mix", ["4-bit", "8-bit", "bf16"])
+def test_logits_are_the_twins(isa: str, name: str, mix: str) -> None:
     spec = SPECS[name]
     tokens = ids(75, spec)
-    weights = random_weights(spec, bits=bits)
-    native = create_program(spec, weights, num_blocks=4, threads=2, isa=isa)
-    expected = sequence_logits(ReferenceProgram(spec, weights, num_blocks=4), spec, tokens)
-    assert_the_twins(isa, sequence_logits(native, spec, tokens), expected)
+    assert_the_twins(isa, sequence_logits(make_program(spec, isa, mix=mix), spec, tokens), twin_logits(name, mix))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_matrices_of_several_formats_make_one_program(isa: str, mix: str) -> None:
+    """In steps of one, three and many tokens, for which threads share the preparation of inputs differently."""
+    name = "many heads share a KV head"  # the head is a matrix of its own
+    spec = SPECS[name]
+    tokens = ids(75, spec)
+    expected = twin_logits(name, mix)
+    for chunk, threads in ((75, 2), (40, 1), (3, 2), (1, 2)):
+        native = sequence_logits(make_program(spec, isa, mix=mix, threads=threads), spec, tokens, chunk)
+        assert_the_twins(isa, native, expected)
+
+
+@functools.cache
+def twin_logits(name: str, mix: str) -> Float32:
+    """Of 75 tokens, computed once for all builds."""
+    spec = SPECS[name]
+    fmt, formats = MIXES[mix]
+    twin = ReferenceProgram(spec, random_weights(spec, fmt, formats=formats), num_blocks=4)
+    return sequence_logits(twin, spec, ids(75, spec))
 
 
 def test_a_context_of_two_segments_is_the_twins(isa: str) -> None:
@@ -154,20 +227,22 @@ def test_a_context_of_two_segments_is_the_twins(isa: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("chunk", [1, 3, 32, 50])
-def test_chunks_give_the_bits_of_the_whole(isa: str, name: str, chunk: int) -> None:
+@pytest.mark.parametrize("mix", ["4-bit", "bf16"])
+def test_chunks_give_the_bits_of_the_whole(isa: str, name: str, chunk: int, mix: str) -> None:
     spec = SPECS[name]
     tokens = ids(101, spec)
-    whole = sequence_logits(make_program(spec, isa), spec, tokens)
-    np.testing.assert_array_equal(sequence_logits(make_program(spec, isa), spec, tokens, chunk), whole)
+    whole = sequence_logits(make_program(spec, isa, mix=mix), spec, tokens)
+    np.testing.assert_array_equal(sequence_logits(make_program(spec, isa, mix=mix), spec, tokens, chunk), whole)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_long_contexts_split_over_threads_give_the_same_bits(isa: str, threads: int) -> None:
+@pytest.mark.parametrize("mix", ["4-bit", "bf16"])
+def test_long_contexts_split_over_threads_give_the_same_bits(isa: str, threads: int, mix: str) -> None:
     """Past 512 positions a lone token's context is split over the threads; a chunk's is not."""
     spec = SPECS["grouped"]
     tokens = ids(1100, spec)
-    whole = sequence_logits(make_program(spec, isa, threads=1), spec, tokens, chunk=400)
-    program = make_program(spec, isa, threads=threads)
+    whole = sequence_logits(make_program(spec, isa, threads=1, mix=mix), spec, tokens, chunk=400)
+    program = make_program(spec, isa, threads=threads, mix=mix)
     blocks = range(35)
     sequence_logits(program, spec, tokens[:1020], chunk=255)
     for position in range(1020, 1030):

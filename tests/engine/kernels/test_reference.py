@@ -18,6 +18,7 @@ from engine.kernels.reference import (
     ReferenceProgram,
     attend,
     gated_silu,
+    kernel_matrix,
     quantize_activations,
     rms_norm,
     rope_tables,
@@ -25,6 +26,8 @@ from engine.kernels.reference import (
 )
 from engine.models.spec import RopeSpec
 from tests.engine.kernels.steps import (
+    BF16,
+    FORMATS,
     Piece,
     cosines,
     exact_fma,
@@ -37,7 +40,7 @@ from tests.engine.kernels.steps import (
     tiny_spec,
 )
 
-FORMATS = [(4, Correction.ZERO_POINT), (4, Correction.MIN), (8, Correction.ZERO_POINT), (8, Correction.MIN)]
+QUANTS = [fmt for fmt in FORMATS if fmt != BF16]
 SPEC = tiny_spec()
 NUM_BLOCKS = 16
 
@@ -74,7 +77,7 @@ def test_a_group_without_magnitude_becomes_zeros() -> None:
     assert np.isfinite(scales).all()
 
 
-@pytest.mark.parametrize(("bits", "correction"), FORMATS)
+@pytest.mark.parametrize(("bits", "correction"), QUANTS)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (31, 64), (65, 96), (33, 576)])
 def test_a_projection_is_the_sum_of_its_groups_in_order(n: int, k: int, bits: int, correction: Correction) -> None:
     rng = np.random.default_rng(n + k)
@@ -98,6 +101,25 @@ def test_a_projection_is_the_sum_of_its_groups_in_order(n: int, k: int, bits: in
             assert out[m, row] == total
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (31, 64), (65, 96)])
+def test_a_bf16_projection_adds_the_sums_of_its_groups(n: int, k: int) -> None:
+    rng = np.random.default_rng(n + k)
+    tensor = random_matrix(rng, n, k, *BF16)
+    x = rng.standard_normal((2, k)).astype(np.float32)
+    out = kernel_matrix(tensor).project(x)
+    assert tensor.format is not None
+    weights = dequantize(tensor.format, tensor.data.view(np.uint8))
+    for m in range(2):
+        for row in range(n):
+            total = np.float32(0)
+            for first in range(0, k, GROUP):
+                group = np.float32(0)
+                for i in range(first, first + GROUP):
+                    group = exact_fma(weights[row, i], x[m, i], group)
+                total += group
+            assert out[m, row] == total
+
+
 @pytest.mark.parametrize(("bits", "correction"), FORMATS)
 def test_a_projection_approximates_the_dequantized_product(bits: int, correction: Correction) -> None:
     rng = np.random.default_rng(1)
@@ -106,13 +128,13 @@ def test_a_projection_approximates_the_dequantized_product(bits: int, correction
     assert tensor.format is not None
     exact = x.astype(np.float64) @ dequantize(tensor.format, tensor.data.view(np.uint8)).T.astype(np.float64)
     np.testing.assert_allclose(FloatMatrix(tensor).project(x), exact, atol=1e-4)
-    assert cosines(QuantizedMatrix(tensor).project(x), exact).min() > 0.9999
+    assert cosines(kernel_matrix(tensor).project(x), exact).min() > 0.9999
 
 
 @pytest.mark.parametrize(("bits", "correction"), FORMATS)
 def test_a_row_alone_is_the_row_inside_any_batch(bits: int, correction: Correction) -> None:
     rng = np.random.default_rng(2)
-    matrix = QuantizedMatrix(random_matrix(rng, 77, 160, bits, correction))
+    matrix = kernel_matrix(random_matrix(rng, 77, 160, bits, correction))
     x = rng.standard_normal((33, 160)).astype(np.float32)
     whole = matrix.project(x)
     for count in (1, 2, 7, 32):
@@ -126,7 +148,7 @@ def test_embedding_rows_are_the_dequantized_ones(bits: int, correction: Correcti
     assert tensor.format is not None
     expected = dequantize(tensor.format, tensor.data.view(np.uint8))
     ids = np.array([69, 0, 5, 5, 64], np.int32)
-    assert (QuantizedMatrix(tensor).rows(ids) == expected[ids]).all()
+    assert (kernel_matrix(tensor).rows(ids) == expected[ids]).all()
     assert (FloatMatrix(tensor).rows(ids) == expected[ids]).all()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from engine.kernels.batch import Float32
-from engine.kernels.reference_math import exp, fma, round_to_bf16, sum_lanes
+from engine.kernels.reference_math import exp, fma, sum_lanes
 from tests.engine.kernels.steps import exact_fma
 
 moderate = st.floats(-(2.0**40), 2.0**40, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
@@ -58,26 +58,3 @@ def test_lanes_are_summed_by_halves() -> None:
         eight = [row[i] + row[i + 8] for i in range(8)]
         four = [eight[i] + eight[i + 4] for i in range(4)]
         assert total == (four[0] + four[2]) + (four[1] + four[3])
-
-
-@given(npst.arrays(np.uint32, 16))
-def test_bf16_takes_the_nearest_value_and_an_even_one_between_two(bits: np.ndarray) -> None:
-    x = bits.view(np.float32)
-    x = np.where(np.isfinite(x), x, np.float32(0))
-    rounded = round_to_bf16(x)
-    assert not (rounded.view(np.uint32) & 0xFFFF).any()
-    low = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # toward zero
-    high = (low.view(np.uint32) + np.uint32(0x10000)).view(np.float32)  # the next one away from zero
-    # After the largest finite value comes infinity; rounding decides as if that were the number 2**128.
-    up = np.where(np.isinf(high), 2.0**128 * np.sign(x.astype(np.float64)), high.astype(np.float64))
-    to_low, to_high = np.abs(x - low.astype(np.float64)), np.abs(up - x)
-    even = (low.view(np.uint32) >> 16 & 1) == 0
-    expected = np.where((to_low < to_high) | ((to_low == to_high) & even), low, high)
-    assert (rounded == expected).all()
-
-
-def test_bf16_keeps_what_is_not_a_number() -> None:
-    x = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000], np.uint32).view(np.float32)
-    rounded = round_to_bf16(x)
-    assert np.isnan(rounded[:3]).all()
-    assert (rounded[3:] == [np.inf, -np.inf]).all()
