@@ -11,9 +11,10 @@ from engine.text.tokenizer import Tokenizer
 class Detokenizer:
     """The text of one choice.
 
-    What `push` and `flush` return, joined, is `Tokenizer.decode` of the tokens pushed, cut before the first stop
-    string. The first is the one that ends first, and among those that end together the one that begins first. One that
-    ends within the first `min_tokens` tokens does not count. Work per token does not depend on how many came before.
+    What `push` and `flush` return, joined, is `Tokenizer.decode` of the tokens pushed, as text after a prompt, cut
+    before the first stop string. The first is the one that ends first, and among those that end together the one that
+    begins first. One that ends within the first `min_tokens` tokens does not count. Work per token does not depend on
+    how many came before.
     """
 
     def __init__(

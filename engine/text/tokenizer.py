@@ -7,18 +7,19 @@ ordinary vocabulary and are found wherever their text stands, as the model was t
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tokenizers import Tokenizer as HFTokenizer
 
 from engine.errors import FormatError, RequestError
 from engine.models.spec import ModelInfo
 from engine.text.chat_template import RenderedPrompt
-from engine.text.pieces import byte_level_pieces
+from engine.text.pieces import Pieces, token_pieces
 from engine.weights.hf_tokenizer import read_tokenizer_folder
 
 
@@ -65,7 +66,8 @@ class Tokenizer:
         marked = {token_id for token_id, token in added.items() if token.special}
         self.special_token_ids = frozenset(marked.union(special_token_ids))
         self._controls = frozenset(marked)  # what `encode` of the library would find inside a text
-        self._blind: HFTokenizer | None = None
+        self._unknown_id = vocab.get(getattr(self._tokenizer.model, "unk_token", None) or "")
+        self._blind: dict[bool, HFTokenizer] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -104,7 +106,7 @@ class Tokenizer:
         """
         ids = self._encode(self._tokenizer, text)
         if not self._controls.isdisjoint(ids):
-            ids = self._encode(self._plain(), text)
+            ids = self._encode(self._plain(at_start=True), text)
         if add_bos and self.add_bos:
             assert self.bos_token_id is not None
             ids.insert(0, self.bos_token_id)
@@ -129,11 +131,11 @@ class Tokenizer:
         def close(end: int) -> None:
             text = marked[start:end]
             plain = text.translate(rendered.stand_ins)
-            ids.extend(stretch if plain == text else self._encode(self._plain(), plain))
+            ids.extend(stretch if plain == text else self._encode(self._plain(at_start=start == 0), plain))
             stretch.clear()
 
         for token_id, (token_start, token_end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self._controls:
+            if self._is_control(token_id, marked[token_start:token_end]):
                 close(token_start)
                 ids.append(token_id)
                 start = token_end
@@ -142,10 +144,25 @@ class Tokenizer:
         close(len(marked))
         return ids
 
-    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD. Ids must be below `vocab_size`."""
+    def _is_control(self, token_id: int, written: str) -> bool:
+        """Whether a token was written as a control token; the unknown token also stands for what has no other."""
+        if token_id not in self._controls:
+            return False
+        return token_id != self._unknown_id or written.strip() == self._tokens[token_id]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True, after_prompt: bool = False) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD. Ids must be below `vocab_size`.
+
+        A tokenizer of the SentencePiece kind puts a space before a text, and it is taken off here: what was encoded
+        comes back. With `after_prompt` the ids continue a prompt, whose beginning is elsewhere: a space that a model
+        wrote stays, so that prompt and answer, joined, are the text of their ids. (vLLM and llama.cpp do the same:
+        Llama 2's answers begin with a space.)
+        """
         pieces, skipped = self.pieces, self.special_token_ids if skip_special else frozenset[int]()
-        return b"".join([pieces[i] for i in token_ids if i not in skipped]).decode("utf-8", "replace")
+        data = b"".join([pieces[i] for i in token_ids if i not in skipped])
+        if self._pieces.strip_first_space and not after_prompt:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
 
     def id_to_piece(self, token_id: int) -> str:
         """The token as the vocabulary writes it; "" for an id the tokenizer has no token for."""
@@ -155,25 +172,30 @@ class Tokenizer:
         """The bytes a token stands for in text."""
         return self.pieces[token_id]
 
-    @cached_property
+    @property
     def pieces(self) -> tuple[bytes, ...]:
         """The bytes of every token, [vocab_size]; b"" for ids the tokenizer has no token for.
 
         Raises UnsupportedModelError where a token's text depends on its neighbours.
         """
-        return byte_level_pieces(self._json, self._tokens)
+        return self._pieces.of_token
 
-    def _plain(self) -> HFTokenizer:
-        """The same tokenizer, blind to special tokens.
+    @cached_property
+    def _pieces(self) -> Pieces:
+        return token_pieces(self._json, self._tokens)
 
-        A second instance, because the switch is a state of the tokenizer and others may be encoding; made at the first
-        text that needs it, which most servers never see.
+    def _plain(self, *, at_start: bool) -> HFTokenizer:
+        """The same tokenizer, blind to special tokens; not `at_start`: of a text that follows another.
+
+        Other instances, because the switch is a state of the tokenizer and others may be encoding; made at the first
+        text that needs them, which most servers never see.
         """
         with self._lock:
-            if self._blind is None:
-                self._blind = _load(self._json)
-                self._blind.encode_special_tokens = True
-            return self._blind
+            if at_start not in self._blind:
+                blind = _load(self._json if at_start else _without_first_prefix(self._json))
+                blind.encode_special_tokens = True
+                self._blind[at_start] = blind
+            return self._blind[at_start]
 
     @staticmethod
     def _encode(tokenizer: HFTokenizer, text: str) -> list[int]:
@@ -189,6 +211,22 @@ def _load(tokenizer_json: str) -> HFTokenizer:
     tokenizer.no_truncation()  # whatever a checkpoint's training script left in the file
     tokenizer.no_padding()
     return tokenizer
+
+
+def _without_first_prefix(tokenizer_json: str) -> str:
+    """The tokenizer without the prefix that some Metaspace pre-tokenizers put before a whole text only."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(item) for item in value]
+        if isinstance(value, dict):
+            first = value.get("type") == "Metaspace" and value.get("prepend_scheme") == "first"
+            return {**value, "prepend_scheme": "never"} if first else {k: changed(v) for k, v in value.items()}
+        return value
+
+    saved = json.loads(tokenizer_json)
+    saved["pre_tokenizer"] = changed(saved.get("pre_tokenizer"))
+    return json.dumps(saved)
 
 
 def _encodable(text: str) -> str:

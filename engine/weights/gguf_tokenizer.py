@@ -1,4 +1,4 @@
-"""A `tokenizers` tokenizer from GGUF metadata.
+"""A `tokenizers` tokenizer from GGUF metadata: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
 The tokenizer never adds BOS itself: `ModelInfo.add_bos` says whether plain text gets one. EOS is never appended to a
 prompt, which is there to be continued.
@@ -6,15 +6,17 @@ prompt, which is there to be continued.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf import TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from engine.errors import FormatError, UnsupportedModelError
+from engine.weights.pre_tokenizers import PRE_TOKENIZERS
+from engine.weights.sentencepiece import Vocabulary, build_tokenizer
 
 END_NAMES = frozenset(
     {
@@ -38,42 +40,6 @@ END_NAMES = frozenset(
 
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _PreTokenizer:
-    """How `tokenizer.ggml.pre` cuts text before byte pairs are merged."""
-
-    build: Callable[[], pre_tokenizers.PreTokenizer]
-    ignore_merges: bool = False  # a piece that is a token by itself is taken whole
-    add_bos: bool = False  # where the metadata do not say
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-_PRE_TOKENIZERS: Mapping[str, _PreTokenizer] = {
-    "default": _PreTokenizer(_gpt2),
-    "gpt-2": _PreTokenizer(_gpt2),
-    "gpt2": _PreTokenizer(_gpt2),
-    "llama-bpe": _PreTokenizer(_llama3, ignore_merges=True, add_bos=True),
-    "smollm": _PreTokenizer(_smollm),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
@@ -96,40 +62,47 @@ def read_tokenizer(metadata: Mapping[str, object], path: Path) -> TokenizerInfo:
     """
     keys = _Keys(metadata, path)
     model = keys.text("model")
-    if model != "gpt2":
-        raise UnsupportedModelError(f"tokenizer.ggml.model must be gpt2 (byte-level BPE), found {model!r}.")
-    pre_name = keys.text("pre", default="default")
-    pre = _PRE_TOKENIZERS.get(pre_name)
-    if pre is None:
-        known = ", ".join(sorted(_PRE_TOKENIZERS))
-        raise UnsupportedModelError(f"tokenizer.ggml.pre must be one of {known}, the checkpoint has {pre_name!r}.")
-    if keys.flag("add_space_prefix", default=False):
-        raise UnsupportedModelError("tokenizer.ggml.add_space_prefix is not supported for byte-level BPE.")
-
+    if model not in ("gpt2", "llama"):
+        raise UnsupportedModelError(
+            f"tokenizer.ggml.model must be gpt2 (byte-level BPE) or llama (SentencePiece BPE), found {model!r}."
+        )
     tokens = keys.strings("tokens")
-    types = keys.types(len(tokens))
-    tokenizer = _build(tokens, keys.strings("merges"), types, pre, path)
-    special = tuple(np.flatnonzero(types == TokenType.CONTROL).tolist())
+    bos = keys.token_id("bos_token_id", len(tokens))
+    if model == "gpt2":
+        tokenizer, add_bos = _byte_level(keys, tokens, path)
+    else:
+        tokenizer, add_bos = _sentencepiece(keys, tokens, path), bos is not None
+    special = tuple(sorted(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special))
     return TokenizerInfo(
         tokenizer_json=tokenizer.to_str(),
         vocab_size=len(tokens),
         chat_template=keys.template(),
-        bos_token_id=keys.token_id("bos_token_id", len(tokens)),
+        bos_token_id=bos,
         eos_token_ids=_end_tokens(keys, tokens, special),
-        add_bos=keys.flag("add_bos_token", default=pre.add_bos),
+        add_bos=keys.flag("add_bos_token", default=add_bos),
         special_token_ids=special,
     )
 
 
-def _build(
-    tokens: Sequence[str], merges: Sequence[str], types: np.ndarray, pre: _PreTokenizer, path: Path
-) -> Tokenizer:
+def _byte_level(keys: _Keys, tokens: Sequence[str], path: Path) -> tuple[Tokenizer, bool]:
+    """The tokenizer, and whether its kind puts BOS before a text where the metadata do not say."""
+    pre_name = keys.text("pre", default="default")
+    pre = PRE_TOKENIZERS.get(pre_name)
+    if pre is None:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise UnsupportedModelError(f"tokenizer.ggml.pre must be one of {known}, the checkpoint has {pre_name!r}.")
+    if keys.flag("add_space_prefix", default=False):
+        raise UnsupportedModelError("tokenizer.ggml.add_space_prefix is not supported for byte-level BPE.")
+    types = keys.types(len(tokens))
+    if types is None:
+        types = np.full(len(tokens), TokenType.NORMAL)
+    types = _settled(tokens, types)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
         raise FormatError(f"tokenizer.ggml.tokens: {twice!r} is given twice", path=path)
     pairs: list[tuple[str, str]] = []
-    for merge in merges:
+    for merge in keys.strings("merges"):
         left, space, right = merge.partition(" ")
         if not space or left not in vocab or right not in vocab or left + right not in vocab:
             raise FormatError(
@@ -149,7 +122,40 @@ def _build(
     tokenizer.add_special_tokens(added(TokenType.CONTROL, special=True))
     tokenizer.add_tokens(added(TokenType.USER_DEFINED, special=False))
     assert tokenizer.get_vocab_size(with_added_tokens=True) == len(tokens)
-    return tokenizer
+    return tokenizer, pre.add_bos
+
+
+def _sentencepiece(keys: _Keys, tokens: Sequence[str], path: Path) -> Tokenizer:
+    """`tokenizer.ggml.pre` plays no part in it: a text is one piece before it is merged."""
+    types = keys.types(len(tokens))
+    if types is None:
+        raise FormatError(
+            f"tokenizer.ggml.token_type must be an array of {len(tokens)} integers, found nothing", path=path
+        )
+    if keys.has("precompiled_charsmap"):
+        raise UnsupportedModelError("tokenizer.ggml.precompiled_charsmap is not supported for SentencePiece BPE.")
+    vocabulary = Vocabulary(
+        tokens=tokens,
+        scores=keys.scores(len(tokens)),
+        types=_settled(tokens, types),
+        add_dummy_prefix=keys.flag("add_space_prefix", default=True),
+        remove_extra_whitespaces=keys.flag("remove_extra_whitespaces", default=False),
+        unknown_id=keys.token_id("unknown_token_id", len(tokens)),
+    )
+    return build_tokenizer(vocabulary, path, keys="tokenizer.ggml.")
+
+
+def _settled(tokens: Sequence[str], types: np.ndarray) -> np.ndarray:
+    """Token types in which a user-defined token written like a control token is one.
+
+    Older converters marked `<|im_start|>` as user-defined where a tokenizer had added it, and a control token that is
+    not known as one could be written by anybody's text.
+    """
+    settled = types.copy()
+    for i in np.flatnonzero(types == TokenType.USER_DEFINED).tolist():
+        if tokens[i] in END_NAMES or (tokens[i].startswith("<|") and tokens[i].endswith("|>")):
+            settled[i] = TokenType.CONTROL
+    return settled
 
 
 def _end_tokens(keys: _Keys, tokens: Sequence[str], special: Sequence[int]) -> tuple[int, ...]:
@@ -184,13 +190,23 @@ class _Keys:
             raise self._error(key, "an array of strings", value)
         return value
 
-    def types(self, vocab_size: int) -> np.ndarray:
-        """The kind of each token, int [vocab_size]; all NORMAL where the metadata do not say."""
+    def has(self, key: str) -> bool:
+        return "tokenizer.ggml." + key in self._metadata
+
+    def types(self, vocab_size: int) -> np.ndarray | None:
+        """The kind of each token, int [vocab_size]; None where the metadata do not say."""
         value = self._metadata.get("tokenizer.ggml.token_type")
         if value is None:
-            return np.full(vocab_size, TokenType.NORMAL)
+            return None
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != vocab_size:
             raise self._error("token_type", f"an array of {vocab_size} integers", value)
+        return value
+
+    def scores(self, vocab_size: int) -> np.ndarray:
+        """The score of each token, float [vocab_size]."""
+        value = self._metadata.get("tokenizer.ggml.scores")
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or len(value) != vocab_size:
+            raise self._error("scores", f"an array of {vocab_size} floats", value)
         return value
 
     def token_id(self, key: str, vocab_size: int) -> int | None:

@@ -1,41 +1,57 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json, and what the configurations beside it say of it."""
+"""The tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, and what the configurations beside it say.
+
+A folder that has both is read by its tokenizer.json. Only where there is none, as in original Llama 2 and Mistral
+releases, the SentencePiece model is read.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from gguf import TokenType
 from tokenizers import Tokenizer
 
-from engine.errors import FormatError
+from engine.errors import FormatError, UnsupportedModelError
+from engine.weights import sentencepiece_file
 from engine.weights.gguf_tokenizer import END_NAMES, TokenizerInfo
+from engine.weights.sentencepiece import Vocabulary, build_tokenizer
 
 MAX_FILE_BYTES = 256 << 20
 """The largest tokenizer.json in the field is about 35 MB."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A tokenizer, and what its own file says of BOS and EOS."""
+
+    tokenizer: Tokenizer
+    source: str  # serialized
+    bos: int | None = None
+    eos: int | None = None
+
+
 def read_tokenizer_folder(folder: Path) -> TokenizerInfo:
-    """Read tokenizer.json, and where they exist tokenizer_config.json, generation_config.json, config.json and the
-    chat template.
+    """Read tokenizer.json or tokenizer.model, and where they exist tokenizer_config.json, generation_config.json,
+    config.json, added_tokens.json (beside tokenizer.model) and the chat template.
 
     Tokens that end a turn are every one that a configuration names as EOS, then the well-known ones among the special
-    tokens. Raises FormatError naming the file.
+    tokens. Raises FormatError naming the file, UnsupportedModelError for a tokenizer.model that is not implemented.
     """
-    path = folder / "tokenizer.json"
-    source = _read(path)
-    if source is None:
-        raise FormatError("the file is missing", path=path)
-    try:
-        tokenizer = Tokenizer.from_str(source)
-    except Exception as error:  # the library raises bare Exception
-        raise FormatError(str(error), path=path) from None
-    tokens = tokenizer.get_vocab(with_added_tokens=True)
-    special = {
-        token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-    }
     tokenizer_config = _Config(folder / "tokenizer_config.json")
+    found = _tokenizer_json(folder) or _tokenizer_model(folder, tokenizer_config)
+    if found is None:
+        raise FormatError("the file is missing, and there is no tokenizer.model", path=folder / "tokenizer.json")
+    tokens = found.tokenizer.get_vocab(with_added_tokens=True)
+    special = {
+        token.content: token_id
+        for token_id, token in found.tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    }
     configs = [_Config(folder / "generation_config.json"), _Config(folder / "config.json")]
 
     bos = tokenizer_config.token("bos_token", tokens)
@@ -44,23 +60,98 @@ def read_tokenizer_folder(folder: Path) -> TokenizerInfo:
         if bos is None:
             bos = next(iter(config.ids("bos_token_id", tokens)), None)
         ends += config.ids("eos_token_id", tokens)
-    ends += [token_id for token, token_id in special.items() if token in END_NAMES]
+    ends += [found.eos, *(token_id for token, token_id in special.items() if token in END_NAMES)]
+    bos = found.bos if bos is None else bos
     return TokenizerInfo(
-        tokenizer_json=source,
+        tokenizer_json=found.source,
         vocab_size=1 + max(tokens.values(), default=-1),
         chat_template=_chat_template(folder, tokenizer_config),
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-        add_bos=_adds_bos(tokenizer, tokenizer_config, bos),
+        add_bos=_adds_bos(found, tokenizer_config, bos),
         special_token_ids=tuple(sorted(special.values())),
     )
 
 
-def _adds_bos(tokenizer: Tokenizer, config: _Config, bos: int | None) -> bool:
-    """The configuration's word, else what the tokenizer's post-processor does to an empty text."""
+def _tokenizer_json(folder: Path) -> _Found | None:
+    path = folder / "tokenizer.json"
+    source = _read_text(path)
+    if source is None:
+        return None
+    try:
+        return _Found(Tokenizer.from_str(source), source)
+    except Exception as error:  # the library raises bare Exception
+        raise FormatError(str(error), path=path) from None
+
+
+def _tokenizer_model(folder: Path, config: _Config) -> _Found | None:
+    """The SentencePiece model with the tokens that the configurations add to it."""
+    path = folder / "tokenizer.model"
+    data = _read(path, sentencepiece_file.MAX_FILE_BYTES)
+    if data is None:
+        return None
+    model = sentencepiece_file.read_model(data, path)
+    vocabulary = _with_added_tokens(model.vocabulary, config, _Config(folder / "added_tokens.json"))
+    tokenizer = build_tokenizer(vocabulary, path)
+    return _Found(tokenizer, tokenizer.to_str(), model.bos_token_id, model.eos_token_id)
+
+
+def _with_added_tokens(vocabulary: Vocabulary, config: _Config, added: _Config) -> Vocabulary:
+    """`vocabulary` with added_tokens.json ({text: id}), then tokenizer_config.json's added_tokens_decoder
+    ({id: {"content": text, "special": bool}}). Ids go on where the vocabulary ends."""
+    tokens, types = list(vocabulary.tokens), vocabulary.types.tolist()
+
+    def add(token_id: object, text: object, special: object, file: _Config) -> None:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id <= len(tokens):
+            raise FormatError(
+                f"an added token's id must be at most {len(tokens)}, found {token_id!r} for {text!r}", path=file.path
+            )
+        if not isinstance(text, str) or not text or not isinstance(special, bool):
+            raise FormatError(f"added token {token_id} must have a text and be special or not", path=file.path)
+        if token_id == len(tokens):
+            tokens.append(text)
+            types.append(TokenType.USER_DEFINED)
+        elif tokens[token_id] != text:
+            raise FormatError(
+                f"added token {token_id} must be {tokens[token_id]!r}, as in the vocabulary, found {text!r}",
+                path=file.path,
+            )
+        if special and types[token_id] != TokenType.UNKNOWN:
+            types[token_id] = TokenType.CONTROL
+
+    def by_id(item: tuple[object, object]) -> int:
+        return item[0] if isinstance(item[0], int) else -1
+
+    for token_id, text in sorted(((value, key) for key, value in added.values.items()), key=by_id):
+        add(token_id, text, False, added)
+    decoder = config.values.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
+        raise FormatError("added_tokens_decoder must be an object of objects", path=config.path)
+    entries = [(int(key) if key.isdecimal() else key, entry) for key, entry in decoder.items()]
+    for token_id, entry in sorted(entries, key=by_id):
+        if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
+            raise UnsupportedModelError(
+                f"{config.path}: added token {token_id} takes spaces or words beside it along, which is supported with "
+                "a tokenizer.json only."
+            )
+        add(token_id, entry.get("content"), entry.get("special", False), config)
+    return Vocabulary(
+        tokens=tokens,
+        scores=np.pad(vocabulary.scores, (0, len(tokens) - len(vocabulary.scores))),
+        types=np.array(types, np.int64),
+        add_dummy_prefix=vocabulary.add_dummy_prefix,
+        remove_extra_whitespaces=vocabulary.remove_extra_whitespaces,
+    )
+
+
+def _adds_bos(found: _Found, config: _Config, bos: int | None) -> bool:
+    """The configuration's word, else what the tokenizer does: a post-processor with an empty text, a SentencePiece
+    model (as in Hugging Face's Llama tokenizer) always."""
     named = config.values.get("add_bos_token")
     if named is None:
-        return bos is not None and tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos]
+        if bos is None:
+            return False
+        return found.bos is not None or found.tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos]
     if not isinstance(named, bool):
         raise FormatError(f"add_bos_token must be a bool, found {named!r}", path=config.path)
     return named and bos is not None
@@ -69,7 +160,7 @@ def _adds_bos(tokenizer: Tokenizer, config: _Config, bos: int | None) -> bool:
 def _chat_template(folder: Path, config: _Config) -> str | None:
     """chat_template.jinja, else tokenizer_config.json's template, the one named "default" where there are several."""
     path = folder / "chat_template.jinja"
-    source = _read(path)
+    source = _read_text(path)
     if source is not None:
         return source
     value = config.values.get("chat_template")
@@ -87,7 +178,7 @@ class _Config:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values: Mapping[str, Any] = {}
-        source = _read(path)
+        source = _read_text(path)
         if source is not None:
             try:
                 values = json.loads(source)
@@ -118,13 +209,23 @@ class _Config:
         return found
 
 
-def _read(path: Path) -> str | None:
+def _read_text(path: Path) -> str | None:
+    data = _read(path, MAX_FILE_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise FormatError(f"at most {MAX_FILE_BYTES} bytes are read, the file has {size}", path=path)
-        return path.read_text("utf-8")
+        return None if data is None else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(str(error), path=path) from None
+
+
+def _read(path: Path, limit: int) -> bytes | None:
+    """The bytes of a file; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise FormatError(str(error), path=path) from None
+    if len(data) > limit:
+        raise FormatError(f"at most {limit} bytes are read, the file has {path.stat().st_size}", path=path)
+    return data

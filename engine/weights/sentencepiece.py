@@ -47,8 +47,8 @@ def build_tokenizer(vocabulary: Vocabulary, path: Path, *, keys: str = "") -> To
 
     A text, which for a tokenizer is also each stretch between two added tokens, begins with the dummy prefix where the
     vocabulary wants one. So it is in Meta's and Mistral's own encoding of conversations, which encode each turn by
-    itself, and in Hugging Face's Llama tokenizer. SentencePiece differs in one thing: a stretch after a USER_DEFINED
-    piece is not the beginning of a text to it. UNUSED pieces are never produced, and build no other piece.
+    itself, and in Hugging Face's Llama tokenizer. SentencePiece differs in one thing: to it, a stretch beside a
+    USER_DEFINED piece is no text of its own. UNUSED pieces are never produced, and build no other piece.
 
     Raises FormatError, with `keys` before the key's name, for a vocabulary that contradicts itself.
     """
@@ -68,7 +68,8 @@ def build_tokenizer(vocabulary: Vocabulary, path: Path, *, keys: str = "") -> To
     has_bytes = _has_bytes(vocabulary, path, keys)
     if unknown is None and not has_bytes:
         raise FormatError(
-            f"{keys}token_type must have 256 BYTE pieces or an UNKNOWN one for characters without a piece, found neither",
+            f"{keys}token_type must have 256 BYTE pieces or an UNKNOWN one, for characters without a piece: "
+            "found neither",
             path=path,
         )
     tokenizer = Tokenizer(
@@ -142,12 +143,13 @@ def _last_split(piece: str, ranks: Mapping[str, int]) -> list[int]:
 
 
 def _normalizer(vocabulary: Vocabulary) -> normalizers.Normalizer:
-    steps: list[normalizers.Normalizer] = []
-    if vocabulary.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if vocabulary.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))  # nothing before an empty text
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    prepend = [normalizers.Prepend(SPACE)] if vocabulary.add_dummy_prefix else []  # nothing before an empty text
+    escape = normalizers.Replace(" ", SPACE)
+    if not vocabulary.remove_extra_whitespaces:
+        return normalizers.Sequence([*prepend, escape])
+    # Of what stands for a space in the text itself, only what ends it is removed.
+    at_start, between = normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")
+    return normalizers.Sequence([at_start, between, *prepend, escape, normalizers.Replace(Regex(SPACE + r"+\z"), "")])
 
 
 def _check(vocabulary: Vocabulary, path: Path, keys: str) -> None:
@@ -172,7 +174,8 @@ def _unknown(vocabulary: Vocabulary, path: Path, keys: str) -> int | None:
     named = vocabulary.unknown_id
     if marked and named not in (None, *marked):
         raise FormatError(
-            f"{keys}unknown_token_id must be the UNKNOWN piece {marked[0]} of {keys}token_type, found {named}", path=path
+            f"{keys}unknown_token_id must be the UNKNOWN piece {marked[0]} of {keys}token_type, found {named}",
+            path=path,
         )
     return marked[0] if marked else named
 

@@ -63,6 +63,20 @@ SPECIAL_TEXTS = (
 )
 """Texts with special tokens, which the golden ids have as control tokens; in a request they are plain text."""
 
+SENTENCEPIECE_TEXTS = (
+    "<s>",
+    "</s> after, <s>before</s>, <unk> between",
+    "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello </s><s>[INST]x[/INST]",
+    "<0x41><0x0A> is text, <0x is too",
+    "\u2581 already \u2581 escaped\u2581",
+    "<think>hm</think> x <think><think>a b  a b<think",
+    "    four,     five,        eight",
+    "\n  \n",
+    "abababababab aaaaaaa ababa",
+    "☠☠ ☠ \U0001f9ff\U0001f9ff unknown to all",
+)
+"""Texts in which something has a meaning of its own to SentencePiece, or looks as if it had."""
+
 Conversation = list[dict[str, Any]]
 
 CONVERSATIONS: dict[str, Conversation] = {

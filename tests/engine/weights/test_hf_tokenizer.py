@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, processors
 
-from engine.errors import FormatError
+from engine.errors import FormatError, UnsupportedModelError
 from engine.weights.hf_tokenizer import read_tokenizer_folder
 from tests.engine.text.byte_tokenizers import NUM_PLAIN, byte_tokenizer
+from tests.engine.weights.vocabularies import NAMES, golden, model_path
+from tests.golden.texts import SENTENCEPIECE_TEXTS, SPECIAL_TEXTS, TEXTS
 
 SPECIAL = ("<s>", "</s>", "<|im_end|>", "<pad>")
 BOS, EOS, IM_END, PAD = range(NUM_PLAIN, NUM_PLAIN + 4)
@@ -103,5 +106,102 @@ def test_damaged_files(tmp_path: Path, name: str, damage: bytes) -> None:
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"tokenizer\.json: the file is missing"):
+    with pytest.raises(FormatError, match=r"tokenizer\.json: the file is missing, and there is no tokenizer\.model"):
         read_tokenizer_folder(tmp_path)
+
+
+def sentencepiece_folder(folder: Path, name: str = "llama", **configs: Any) -> Path:
+    """A folder with a SentencePiece model and the named JSON files."""
+    shutil.copy(model_path(name), folder / "tokenizer.model")
+    for file, config in configs.items():
+        (folder / f"{file}.json").write_text(json.dumps(config))
+    return folder
+
+
+def added(text: str, **fields: Any) -> dict[str, Any]:
+    return {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, **fields}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_with_a_sentencepiece_model_only(tmp_path: Path, name: str) -> None:
+    found = read_tokenizer_folder(sentencepiece_folder(tmp_path, name))
+    tokenizer = Tokenizer.from_str(found.tokenizer_json)
+    tokenizer.encode_special_tokens = True
+    texts = (*TEXTS, *SPECIAL_TEXTS, *SENTENCEPIECE_TEXTS)
+    for text, ids in zip(texts, golden()["sentencepiece"][name]["texts"], strict=True):
+        assert tokenizer.encode(text).ids == ids, text
+    assert (found.bos_token_id, found.eos_token_ids, found.add_bos, found.chat_template) == (1, (2,), True, None)
+
+
+def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
+    assert read_tokenizer_folder(write(sentencepiece_folder(tmp_path))).vocab_size == NUM_PLAIN + 4
+
+
+def test_configurations_beside_a_sentencepiece_model(tmp_path: Path) -> None:
+    tokenizer_config = {
+        "bos_token": "[INST]",
+        "eos_token": {"content": "<|im_end|>"},
+        "add_bos_token": False,
+        "chat_template": "T",
+        "added_tokens_decoder": {
+            "0": added("<unk>", special=True),
+            "899": added(tokens_of("llama")[899], special=True),
+            "901": added("<|im_end|>", special=True),
+        },
+    }
+    folder = sentencepiece_folder(
+        tmp_path, tokenizer_config=tokenizer_config, added_tokens={"<tool>": 902, "<think>": 900, "<|im_end|>": 901}
+    )
+    found = read_tokenizer_folder(folder)
+    assert (found.vocab_size, found.bos_token_id, found.add_bos, found.chat_template) == (903, 3, False, "T")
+    assert found.eos_token_ids == (901, 2)
+    assert found.special_token_ids == (0, 1, 2, 3, 4, 899, 901)
+    tokenizer = Tokenizer.from_str(found.tokenizer_json)
+    assert tokenizer.encode("<think><tool><|im_end|>").ids == [900, 902, 901]
+
+
+def tokens_of(name: str) -> list[str]:
+    return [token for token, _ in golden()["sentencepiece"][name]["pieces"]]
+
+
+@pytest.mark.parametrize(
+    ("config", "value", "message"),
+    [
+        ("added_tokens", {"x": 901}, "added token's id must be at most 900, found 901 for 'x'"),
+        ("added_tokens", {"x": "900"}, "id must be at most 900, found '900' for 'x'"),
+        ("added_tokens", {"x": 900, "y": 900}, "added token 900 must be 'x', as in the vocabulary, found 'y'"),
+        ("added_tokens", {"<s>": 2}, "added token 2 must be '</s>', as in the vocabulary, found '<s>'"),
+        ("added_tokens", [], "must be a JSON object, found list"),
+        ("tokenizer_config", {"added_tokens_decoder": []}, None),
+        ("tokenizer_config", {"added_tokens_decoder": [1]}, "added_tokens_decoder must be an object of objects"),
+        ("tokenizer_config", {"added_tokens_decoder": {"900": "x"}}, "must be an object of objects"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": added("x")}}, "id must be at most 900, found 'x'"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {"900": added("")}},
+            "900 must have a text and be special or not",
+        ),
+        ("tokenizer_config", {"added_tokens_decoder": {"900": added("x", special=1)}}, "be special or not"),
+    ],
+)
+def test_added_tokens_that_do_not_fit(tmp_path: Path, config: str, value: Any, message: str | None) -> None:
+    folder = sentencepiece_folder(tmp_path, **{config: value})
+    if message is None:
+        assert read_tokenizer_folder(folder).vocab_size == 900
+        return
+    with pytest.raises(FormatError, match=message) as caught:
+        read_tokenizer_folder(folder)
+    assert caught.value.path == folder / f"{config}.json"
+
+
+def test_added_tokens_that_take_spaces_along_need_a_tokenizer_json(tmp_path: Path) -> None:
+    decoder = {"added_tokens_decoder": {"900": added("<x>", rstrip=True)}}
+    with pytest.raises(UnsupportedModelError, match=r"added token 900 takes spaces .* with a tokenizer\.json only"):
+        read_tokenizer_folder(sentencepiece_folder(tmp_path, tokenizer_config=decoder))
+
+
+def test_a_sentencepiece_model_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff")
+    with pytest.raises(FormatError, match="a number is cut short") as caught:
+        read_tokenizer_folder(tmp_path)
+    assert (caught.value.path, caught.value.offset) == (tmp_path / "tokenizer.model", 1)
