@@ -62,7 +62,9 @@ class SettingsCommand(TyperCommand):
     """A command that takes settings: its help has a section for each group, and greedy flags take several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, repeat_greedy(args, [one.flag for one in options() if one.greedy]))
+        if not ctx.resilient_parsing:  # which is for completion, where a flag's value is still to come
+            args = repeat_greedy(args, [one.flag for one in options() if one.greedy])
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups = {one.name: one.group for one in options()}
@@ -78,22 +80,25 @@ class SettingsCommand(TyperCommand):
 def repeat_greedy(args: Sequence[str], flags: Sequence[str]) -> list[str]:
     """Arguments with each of `flags` before every one of its values: what follows it, up to the next flag.
 
-    So does argparse's nargs="+", and a positional argument must come before such a flag or after another one.
+    So does argparse's nargs="+"; a positional argument must come before such a flag or after another one. Raises
+    BadParameter for a flag that nothing follows.
     """
     repeated: list[str] = []
     flag, num_values = "", 0
-    for place, arg in enumerate(args):
-        if arg == "--":
-            return [*repeated, *args[place:]]
+    for place, arg in enumerate([*args, "--"]):
         if arg.startswith("-") and arg != "-":
-            repeated.append(arg)
+            if flag and not num_values:
+                raise typer.BadParameter("it needs at least one value.", param_hint=flag)
+            if arg == "--":
+                return [*repeated, *args[place:]]
             flag, num_values = (arg, 0) if arg in flags else ("", 0)
+            repeated += [] if flag else [arg]
         elif flag:
-            repeated += [arg] if num_values == 0 else [flag, arg]
+            repeated += [flag, arg]
             num_values += 1
         else:
             repeated.append(arg)
-    return repeated
+    raise AssertionError("the loop ends at --")
 
 
 def _parameter(declared: Option) -> inspect.Parameter:

@@ -39,7 +39,7 @@ host = "127.0.0.1"
 port = 9000
 api-key = ["one-for-each-caller", "another"]
 
-max-model-len = 8192
+max-model-len = 4096
 kv-cache-memory = "2GiB"
 max-num-seqs = 32
 threads = 8

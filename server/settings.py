@@ -252,6 +252,8 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str] | None = No
             parts: Any = from_environment
             if declared.repeatable:
                 parts = [part.strip() for part in from_environment.split(",") if part.strip()]
+                if not parts:  # an empty list would mean "no key"
+                    raise declared.wrong(declared.environment_name, from_environment)
             values[declared.name] = _parse(declared, declared.environment_name, parts)
     if (file := values.get("config")) is not None:
         values = {**config_file.read(file, options()), **values}

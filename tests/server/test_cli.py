@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,12 +17,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from engine.config import DEFAULT_MODEL
 from engine.errors import ConfigError, EngineError
 from engine.request import SamplingParams
 from server.cli import app
-from server.parameters import INTERRUPTED, WRONG_CONFIG, told
+from server.parameters import INTERRUPTED, WRONG_CONFIG, SettingsCommand, repeat_greedy, takes_settings, told
 from server.serving import bind
-from server.settings import options
+from server.settings import Settings, options
 from server.terminal import Conversation, LocalPartner, Messages, RemotePartner
 from tests.server.fakes import FakeEngine, FakeText, say
 from tests.server.support import listening
@@ -217,3 +220,92 @@ async def test_a_remote_partner_that_is_not_there() -> None:
         async with httpx.AsyncClient(base_url=url) as client:
             with pytest.raises(EngineError, match="does not answer"):
                 _ = [piece async for piece in RemotePartner(client, "m", {}).answer(HI)]
+
+
+# Settings as flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "repeated"),
+    [
+        ("--name a b --port 1", "--name a --name b --port 1"),
+        ("model --port 1 --name a b c", "model --port 1 --name a --name b --name c"),
+        ("--name a b --other x model", "--name a --name b --other x model"),
+        ("--name a --name b c", "--name a --name b --name c"),
+        ("--name a -- b", "--name a -- b"),
+        ("--name=a b", "--name=a b"),
+        ("a b", "a b"),
+        ("", ""),
+    ],
+)
+def test_a_greedy_flag_takes_what_follows_it(arguments: str, repeated: str) -> None:
+    assert repeat_greedy(arguments.split(), ["--name"]) == repeated.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "names", "port"),
+    [
+        ("--served-model-name A B", DEFAULT_MODEL, ("A", "B"), 8000),
+        ("m.gguf --served-model-name A B --port 1", "m.gguf", ("A", "B"), 1),
+        ("--port 1 m.gguf --served-model-name A B", "m.gguf", ("A", "B"), 1),
+        ("--served-model-name A B --port 1 m.gguf", "m.gguf", ("A", "B"), 1),
+        ("--served-model-name A --served-model-name B C", DEFAULT_MODEL, ("A", "B", "C"), 8000),
+    ],
+)
+def test_several_names_after_one_flag(arguments: str, model: str, names: tuple[str, ...], port: int) -> None:
+    seen: list[Settings] = []
+    one = typer.Typer()
+    one.command(cls=SettingsCommand)(takes_settings()(lambda settings: seen.append(settings)))
+    assert cli.invoke(one, arguments.split(), env={"SERAPH_MODEL": ""}).exit_code == 0
+    assert (seen[0].model, seen[0].model_names, seen[0].port) == (model, names, port)
+
+
+def test_a_flag_without_its_value_is_refused() -> None:
+    for rest in (["--port", "1"], [], ["--", "m"]):
+        result = cli.invoke(app, ["serve", "--served-model-name", *rest])
+        assert result.exit_code == 2 and "--served-model-name: it needs at least one value." in result.output
+
+
+def test_help_comes_in_the_groups_of_the_settings() -> None:
+    text = cli.invoke(app, ["serve", "--help"]).output
+    headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [*dict.fromkeys(declared.group for declared in options()), "Options"]
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("seraph ser", {"serve"}),
+        ("seraph serve --max-num-s", {"--max-num-seqs"}),
+        ("seraph serve --isa avx", {"avx512", "avx2"}),
+        ("seraph serve --log-format ", {"text", "json"}),
+        ("seraph serve smol", {"smollm2-135m-instruct"}),
+        ("seraph chat --quantization int", {"int8", "int4"}),
+    ],
+)
+def test_the_shell_completes(line: str, offered: set[str]) -> None:
+    place = len(line.split()) - 1 + line.endswith(" ")
+    asked = {"_SERAPH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(place)}
+    result = cli.invoke(app, [], env=asked, prog_name="seraph")
+    assert set(result.output.split()) == offered
+
+
+def test_completion_can_be_installed() -> None:
+    assert "--install-completion" in cli.invoke(app, ["--help"]).output
+
+
+def test_a_configuration_file_is_read_before_anything_else(tmp_path: Path) -> None:
+    file = tmp_path / "seraph.toml"
+    file.write_text("port = 1\nprot = 2\n")
+    done = seraph("serve", "no-such-model", "--config", str(file))
+    assert done.returncode == WRONG_CONFIG
+    assert done.stderr == f"error: {file}:2: prot is not a setting; the nearest one is port.\n"
+
+
+def test_a_misspelled_environment_name_is_told(tmp_path: Path) -> None:
+    environment = {**os.environ, "SERAPH_LOG_LEVEL": "debug", "SERAPH_LOG_FORMAT": "json"}
+    command = [sys.executable, "-m", "server.cli", "serve", "no-such-model", "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1
+    line = json.loads(done.stderr.splitlines()[0])
+    assert line["level"] == "warning" and "SERAPH_LOG_LEVEL" in line["message"] and "SERAPH_LOG?" in line["message"]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from server.cli import app
+from server.options import Option
 from server.settings import Settings, options, resolve, unknown_environment
 
 SERVER = Path(__file__).resolve().parents[2] / "server"
@@ -34,29 +40,112 @@ def test_switches(text: str, value: bool) -> None:
     assert resolve({"insecure": not value}, {"SERAPH_INSECURE": text}).insecure is not value
 
 
-@pytest.mark.parametrize(
-    ("flags", "environment", "said"),
-    [
-        ({"port": "70000"}, {}, "--port must be a whole number between 0 and 65535, got '70000'."),
-        ({}, {"SERAPH_PORT": "http"}, "SERAPH_PORT must be a whole number between 0 and 65535, got 'http'."),
-        ({"model": " "}, {}, "MODEL must be a text that is not empty, got ' '."),
-        ({}, {"SERAPH_INSECURE": "maybe"}, "SERAPH_INSECURE must be true or false, got 'maybe'."),
-        ({"isa": "sse"}, {}, "--isa must be one of auto, avx512"),
-        ({"keep_alive_interval": "nan"}, {}, "--keep-alive-interval must be a number of seconds between"),
-        ({"chat_template": "/no/such/file"}, {}, "--chat-template must be the path of an existing file"),
-        ({"max_num_seqs": "1.5"}, {}, "--max-num-seqs must be a whole number"),
-    ],
-)
-def test_wrong_values(flags: dict[str, Any], environment: dict[str, str], said: str) -> None:
+VALUES: dict[str, tuple[str, str]] = {
+    "model": ("x.gguf", " "),
+    "quantization": ("int8", "int2"),
+    "served_model_name": ("a", " "),
+    "chat_template": (__file__, "/no/such/file"),
+    "generation_config": ('{"temperature": 0.5}', "/no/such/file"),
+    "default_max_tokens": ("7", "0"),
+    "host": ("localhost", " "),
+    "port": ("9000", "70000"),
+    "api_key": ("a", " "),
+    "insecure": ("true", "maybe"),
+    "allowed_host": ("a", " "),
+    "cors_origin": ("*", " "),
+    "max_model_len": ("100", "1"),
+    "kv_cache_memory": ("1.5GiB", "lots"),
+    "kv_cache_tokens": ("4096", "63"),
+    "prefix_caching": ("false", "2"),
+    "max_num_seqs": ("3", "1.5"),
+    "max_num_batched_tokens": ("9", "0"),
+    "max_waiting": ("0", "-1"),
+    "threads": ("2", "many"),
+    "isa": ("avx2", "sse"),
+    "max_body_bytes": ("4096", "1"),
+    "strict_fields": ("on", "perhaps"),
+    "body_timeout": ("0.5", "nan"),
+    "send_timeout": ("3", "0.5"),
+    "keep_alive_interval": ("1e1", "inf"),
+    "drain_timeout": ("0", "-1"),
+    "config": ("", "/no/such/file"),
+    "log_level": ("debug", "trace"),
+    "log_format": ("json", "xml"),
+}
+"""Of every setting a value that is right (and not the default) and one that is wrong, as text."""
+
+by_option = pytest.mark.parametrize("declared", list(options()), ids=lambda declared: declared.name)
+
+
+def in_file(declared: Option, text: str) -> str:
+    """The line of a configuration file that gives a text as the type that the file should hold."""
+    value = text if str in declared.kind.stored else json.loads(text.replace("on", "true"))
+    literal = json.dumps([value] if declared.repeatable else value)
+    return f"{declared.key} = {literal}\n"
+
+
+def test_every_setting_has_its_values_here() -> None:
+    assert list(VALUES) == [declared.name for declared in options()]
+
+
+@by_option
+def test_flag_environment_and_file_say_the_same(declared: Option, tmp_path: Path) -> None:
+    if not declared.in_file:
+        return
+    right = VALUES[declared.name][0]
+    by_environment = resolve({}, {declared.environment_name: right})
+    assert getattr(by_environment, declared.name) != declared.default
+    by_flag = resolve({declared.name: [right] if declared.repeatable else right}, {})
+    (tmp_path / "c.toml").write_text(in_file(declared, right))
+    by_file = dataclasses.replace(resolve({"config": str(tmp_path / "c.toml")}, {}), config=None)
+    assert by_flag == by_environment == by_file
+
+
+@by_option
+@pytest.mark.parametrize("way", ["flag", "environment", "file", "type"])
+def test_a_wrong_value_names_key_value_and_what_is_allowed(declared: Option, way: str, tmp_path: Path) -> None:
+    wrong, file = VALUES[declared.name][1], tmp_path / "c.toml"
+    flags: dict[str, Any] = {}
+    environment, key, got = {}, declared.flag, repr(wrong)
+    match way:
+        case "flag":
+            flags[declared.name] = [wrong] if declared.repeatable else wrong
+        case "environment":
+            environment[declared.environment_name] = wrong
+            key = declared.environment_name
+        case "file" | "type":
+            if not declared.in_file:
+                return
+            key, flags["config"] = f"{file}:2: {declared.key}", str(file)
+            literal = json.dumps([wrong] if declared.repeatable else wrong)
+            if way == "type":
+                literal = "1979-05-27"
+                got = repr(datetime.date(1979, 5, 27))
+            file.write_text(f"# a comment\n{declared.key} = {literal}\n")
+    if declared.secret:
+        got = "another value"
     with pytest.raises(ConfigError) as caught:
         resolve(flags, environment)
-    assert str(caught.value).startswith(said)
+    listed = "a list, each item " if way == "type" and declared.repeatable else ""
+    assert str(caught.value) == f"{key} must be {listed}{declared.kind.allowed}, got {got}."
 
 
-def test_keys_are_never_shown() -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve({"api_key": [" \t"]}, {})
-    assert str(caught.value) == "--api-key must be a text that is not empty, got another value."
+@by_option
+def test_the_command_line_says_what_is_wrong(declared: Option) -> None:
+    wrong = VALUES[declared.name][1]
+    arguments = [wrong] if declared.positional else [declared.flag, wrong]
+    if declared.is_switch:
+        arguments = [f"{declared.flag}={wrong}"]
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2
+    assert declared.flag in result.output and "Traceback" not in result.output
+    assert declared.secret or declared.is_switch or repr(wrong) in result.output
+
+
+def test_an_environment_of_commas_is_no_list() -> None:
+    """It would mean that no key is needed."""
+    with pytest.raises(ConfigError, match="SERAPH_API_KEY must be a text that is not empty, got another value"):
+        resolve({}, {"SERAPH_API_KEY": " , "})
 
 
 def test_values_that_do_not_go_together() -> None:
@@ -109,6 +198,42 @@ def test_misspelled_environment_names_are_found() -> None:
 )
 def test_model_names(changes: dict[str, Any], names: tuple[str, ...]) -> None:
     assert Settings(**changes).model_names == names
+
+
+def generation_config(text: str) -> dict[str, float] | None:
+    return resolve({"generation_config": text}, {}).generation_defaults()
+
+
+def test_a_generation_config_is_a_file_a_folder_or_an_object(tmp_path: Path) -> None:
+    wanted = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 100}
+    stated = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 100, "transformers_version": "4.4", "eos_token_id": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stated))
+    for text in (str(tmp_path), str(tmp_path / "generation_config.json"), json.dumps(stated)):
+        assert generation_config(text) == wanted
+    assert generation_config("auto") is None
+    assert generation_config("none") == {}
+    assert generation_config('{"do_sample": false}') == {"temperature": 0.0}
+
+
+def test_a_wrong_generation_config_names_its_file_and_key(tmp_path: Path) -> None:
+    file = tmp_path / "generation_config.json"
+    for text, said in (
+        ('{"temperature": 3}', f"--generation-config: {file}: temperature must be a number from 0 to 2, found 3"),
+        ("[1]", f"got '{file}': {file} is no JSON object"),
+        ("{", f"got '{file}': {file} is not JSON: Expecting property name"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            generation_config(str(file))
+        assert said in str(caught.value)
+    with pytest.raises(ConfigError, match="must be auto, none, the path of"):
+        generation_config(str(tmp_path / "other.json"))
+
+
+def test_what_a_generation_config_asks_in_vain_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert generation_config('{"num_beams": 4, "top_k": 5}') == {"top_k": 5}
+    assert "num_beams" in caplog.text
 
 
 def test_a_template_file_that_is_not_text(tmp_path: Path) -> None:
