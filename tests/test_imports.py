@@ -35,6 +35,7 @@ ROOMS = {
     ),
     "server": (
         "options",
+        "config_file",
         "settings",
         "reference",
         "errors",
@@ -48,8 +49,10 @@ ROOMS = {
         "app",
         "protocol",
         "serving",
+        "doctor",
         "terminal",
         "parameters",
+        "library",
         "cli",
     ),
 }

