@@ -1,4 +1,4 @@
-"""`seraph serve | chat | pull | models | rm`: what people type. A command imports what is heavy when it runs."""
+"""`seraph serve | chat | doctor | pull | models | rm`: what people type. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -93,6 +93,27 @@ def chat(
     given = {"temperature": temperature, "max_tokens": max_tokens}
     asked = {name: value for name, value in given.items() if value is not None}
     terminal.chat(settings, url=url, asked=asked, system=system)
+
+
+@app.command()
+def doctor(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Models to look at; by default all in the cache.")
+    ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read all of their data, and compare it with what it is from.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, for programs.")] = False,
+) -> None:
+    """Examine this machine, the kernels, the cache and its models. Exits with 1 where something does not work.
+
+    \b
+    seraph doctor
+    seraph doctor smollm2-135m-instruct --deep
+    """
+    from server.doctor import report
+
+    raise typer.Exit(report.run(report.sections(models or (), deep=deep), json=as_json, write=typer.echo, deep=deep))
 
 
 for _command in (library.pull, library.models, library.rm):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.config import ISAS, requested_isa
 from engine.errors import ConfigError
 from engine.kernels.batch import Program, Weights
@@ -16,13 +18,13 @@ def available_isas() -> tuple[str, ...]:
     return tuple(isa for isa in ISAS if isa != "reference" and _executable(isa))
 
 
-def select_isa(isa: str = "auto") -> str:
-    """The build to use: `isa`, or SERAPH_ISA where it is "auto", or the best there is.
+def select_isa(isa: str = "auto", *, available: Sequence[str] | None = None) -> str:
+    """The build to use: `isa`, or SERAPH_ISA where it is "auto", or the best of those `available` (None: found out).
 
     Raises ConfigError for a build that is unknown, not installed or not executable here.
     """
     wanted = requested_isa() if isa == "auto" else isa
-    available = available_isas()
+    available = available_isas() if available is None else available
     if wanted == "auto":
         if not available:
             raise ConfigError("isa: no native kernels are installed; `make build` compiles them.")
