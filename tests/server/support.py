@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -34,10 +34,14 @@ def chat(content: Any = "Hi", **fields: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def client_for(
-    engine: FakeEngine, configured: Settings | None = None, *, base_url: str = "http://localhost"
+    engine: FakeEngine,
+    configured: Settings | None = None,
+    *,
+    base_url: str = "http://localhost",
+    defaults: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Client]:
-    """A client of an application whose engine has started."""
-    app = create_app(configured or settings(), engine, FakeText())
+    """A client of an application whose engine has started; `defaults` are its generation defaults."""
+    app = create_app(configured or settings(), engine, FakeText(), generation_defaults=defaults or {})
     async with app.router.lifespan_context(app):
         service: Service = app.state.service
         await wait_until(lambda: service.started)

@@ -1,0 +1,81 @@
+"""What a start says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.request import Capabilities, WeightsInfo
+from server.serving import banner
+from tests.server.support import settings
+
+KNOWN = Capabilities(
+    engine="native",
+    model="m",
+    max_model_len=8192,
+    vocab_size=100,
+    isa="avx2",
+    threads=2,
+    max_position=8192,
+    checkpoint_format="Q4_1 GGUF",
+    num_parameters=134_515_008,
+    weights=WeightsInfo(nbytes=96_600_000, bits=4),
+    num_kv_blocks=512,
+    kv_cache_tokens=16384,
+    kv_cache_bytes=377_487_360,
+)
+
+
+def rows(known: Capabilities = KNOWN, defaults: dict[str, float] | None = None, **changes: Any) -> dict[str, str]:
+    text = banner(settings(**changes), known, defaults or {}, 9000)
+    return {line[2:12].strip(): line[13:] for line in text.partition("Try it")[0].splitlines() if line.startswith("  ")}
+
+
+def test_the_table() -> None:
+    assert rows(served_model_name=("a", "b"), defaults={"temperature": 0.2, "top_k": 50}) == {
+        "model": "a, b",
+        "weights": "Q4_1 GGUF, packed 4-bit: 135 million parameters in 97 MB",
+        "kernels": "avx2, 2 threads",
+        "context": "8192 tokens",
+        "KV cache": "16384 tokens in 512 blocks, 377 MB: 2 requests of full length",
+        "sampling": "temperature 0.2, top_k 50",
+        "door": "loopback only",
+        "listening": "http://127.0.0.1:9000",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "said"),
+    [
+        ({"max_model_len": 4096}, "context", "4096 tokens (of the model's 8192)"),
+        ({"max_model_len": 16384}, "KV cache", "16384 tokens in 512 blocks, 377 MB: 1 request of full length"),
+        ({"max_model_len": 10000}, "KV cache", "16384 tokens in 512 blocks, 377 MB: 1.6 requests of full length"),
+        ({"threads": 1}, "kernels", "avx2, 1 thread"),
+        (
+            {"weights": WeightsInfo(nbytes=14_500_000_000, bits=16), "num_parameters": 7_241_732_096},
+            "weights",
+            "Q4_1 GGUF, bfloat16: 7.2 billion parameters in 14.5 GB",
+        ),
+    ],
+)
+def test_a_row(changes: dict[str, Any], row: str, said: str) -> None:
+    assert rows(msgspec.structs.replace(KNOWN, **changes))[row] == said
+
+
+def test_the_door_is_told() -> None:
+    assert rows(api_key=("k",), host="0.0.0.0")["door"] == "key"
+    assert rows(insecure=True, host="::1")["listening"] == "http://[::1]:9000"
+    assert rows(insecure=True, host="0.0.0.0")["door"] == "open to everyone"
+
+
+def test_an_engine_that_says_little_leaves_rows_out() -> None:
+    assert set(rows(Capabilities(engine="x", model="m", max_model_len=10, vocab_size=9, kv_cache_tokens=20))) == {
+        "model",
+        "kernels",
+        "context",
+        "KV cache",
+        "door",
+        "listening",
+    }
