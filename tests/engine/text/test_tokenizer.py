@@ -149,11 +149,30 @@ def test_what_is_no_tokenizer(source: str) -> None:
         Tokenizer(source)
 
 
-def test_a_decoder_whose_tokens_depend_on_their_neighbours_is_unsupported() -> None:
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.WordPiece(),
+        decoders.BPEDecoder(),
+        decoders.Metaspace(replacement="_"),
+        decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse()]),
+        decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)]),
+        decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+        decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.CTC()]),
+        decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()]),
+    ],
+)
+def test_decoders_whose_tokens_depend_on_their_neighbours_are_unsupported(decoder: Any) -> None:
     library = byte_tokenizer()
-    library.decoder = decoders.Metaspace()
-    with pytest.raises(UnsupportedModelError, match="ByteLevel, the checkpoint has 'Metaspace'"):
+    library.decoder = decoder
+    with pytest.raises(UnsupportedModelError, match="must be ByteLevel or that of SentencePiece, the checkpoint has '"):
         _ = Tokenizer(library.to_str()).pieces
+
+
+def test_a_tokenizer_without_a_decoder_is_unsupported() -> None:
+    source = json.loads(byte_tokenizer().to_str()) | {"decoder": None}
+    with pytest.raises(UnsupportedModelError, match="the checkpoint has 'none'"):
+        _ = Tokenizer(json.dumps(source)).pieces
 
 
 def test_truncation_and_padding_in_the_file_are_ignored() -> None:
