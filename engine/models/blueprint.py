@@ -14,11 +14,12 @@ from engine.models.spec import DecoderSpec
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A checkpoint without its weights."""
+    """A checkpoint as a family's file sees it: its configuration and its tensors' shapes. Weights stay on disk."""
 
     config: Mapping[str, object]  # GGUF metadata, or config.json
     shapes: Mapping[str, tuple[int, ...]]  # of its tensors: (outputs, inputs) or (length,)
     vector: Callable[[str], NDArray[np.float32]]  # reads one of the small tensors, float32 [length]
+    same: Callable[[str, str], bool]  # reads two tensors: whether they are stored with the same shape, type and bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""Typed access to a checkpoint's configuration, whichever format it has: numbers that are missing, of another kind or
-out of range become UnsupportedModelError with the key, what it must be and what it is."""
+"""Typed access to a checkpoint's configuration, whichever format it has: a value that is missing, of another kind or
+out of range becomes UnsupportedModelError with the key, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 
 from engine.errors import UnsupportedModelError
 
+MAX_COUNT = (1 << 31) - 1
+"""No size of a model is larger, and every product of two of them still fits 64 bits."""
+
 
 class Keys:
-    """The keys of a configuration, each said with `prefix` before it. A key whose value is None counts as missing."""
+    """A configuration whose keys all begin with `prefix`. A key whose value is None counts as missing."""
 
     def __init__(self, values: Mapping[str, object], prefix: str = "") -> None:
         self._values = values
@@ -25,20 +28,23 @@ class Keys:
         """The key as the checkpoint has it."""
         return self._prefix + key
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A non-negative integer; an array with one value per layer is taken where all are equal."""
+    def count(self, key: str, default: int | None = None, *, least: int = 0, most: int = MAX_COUNT) -> int:
+        """An integer from `least` to `most`; an array with one value for each layer where all are equal."""
         value = self._need(key, default)
         if isinstance(value, np.ndarray) and value.ndim == 1 and len(value) and bool((value == value[0]).all()):
             value = value[0].item()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(key, "one non-negative integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(key, f"one integer from {least} to {most}")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
         value = self._need(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_COUNT:
+            value = float(value)
+        if not isinstance(value, float) or not 0.0 < value < math.inf:
             raise self.error(key, "a positive number")
-        return float(value)
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._need(key, default)
@@ -52,10 +58,12 @@ class Keys:
             raise self.error(key, "a string")
         return value
 
-    def table(self, key: str) -> Mapping[str, object] | None:
-        """A nested configuration, None where there is none."""
+    def table(self, key: str) -> Mapping[str, object]:
+        """A configuration within this one, empty where there is none."""
         value = self.get(key)
-        if value is not None and not isinstance(value, Mapping):
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
             raise self.error(key, "an object")
         return value
 
@@ -69,6 +77,7 @@ class Keys:
             )
 
     def error(self, key: str, expected: str) -> UnsupportedModelError:
+        """What to raise where the value of a key is not what it must be."""
         return UnsupportedModelError(f"{self.name(key)} must be {expected}, got {shown(self.get(key))}.")
 
     def _need(self, key: str, default: object) -> object:
@@ -81,5 +90,8 @@ class Keys:
 
 def shown(value: object) -> str:
     """A value for a message, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number that is too long to show"
     return text if len(text) <= 100 else text[:97] + "..."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from engine.errors import UnsupportedModelError
 from engine.models import llama
 from engine.models.blueprint import Blueprint, Description
+from engine.models.keys import shown
 
 Reader = Callable[[Description], Blueprint]
 """Raises UnsupportedModelError for whatever would make the answer differ from the checkpoint's own."""
@@ -14,7 +15,7 @@ Reader = Callable[[Description], Blueprint]
 GGUF_FAMILIES: Mapping[str, Reader] = {"llama": llama.from_gguf}
 """By `general.architecture`."""
 
-HUGGINGFACE_FAMILIES: Mapping[str, Reader] = {"llama": llama.from_huggingface, "mistral": llama.from_huggingface}
+HUGGINGFACE_FAMILIES: Mapping[str, Reader] = {"llama": llama.from_llama_config, "mistral": llama.from_mistral_config}
 """By config.json's `model_type`."""
 
 
@@ -33,5 +34,5 @@ def _reader(families: Mapping[str, Reader], key: str, description: Description) 
     reader = families.get(name) if isinstance(name, str) else None
     if reader is None:
         known = ", ".join(sorted(families))
-        raise UnsupportedModelError(f"{key} must be one of {known}, the checkpoint has {name!r}.")
+        raise UnsupportedModelError(f"{key} must be one of {known}, the checkpoint has {shown(name)}.")
     return reader

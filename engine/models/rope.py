@@ -1,6 +1,7 @@
 """Rope scaling: what each pair's frequency is divided by, so that a model reads further than it was first trained to.
 
-A RopeSpec carries the factors themselves, [dim / 2]; how a checkpoint says them is settled here.
+A RopeSpec carries the factors themselves, [dim / 2]; how a checkpoint says them is settled here. Sources: transformers'
+`modeling_rope_utils` for config.json, llama.cpp's reading of the `rope.` keys for GGUF.
 """
 
 from __future__ import annotations
@@ -12,19 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModelError
-from engine.models.keys import Keys
+from engine.models.keys import Keys, shown
 from engine.models.spec import RopeSpec
 
-_PLAIN = ("default", "none")
+DEFAULT_THETA = 10000.0
 
 
 def from_huggingface(config: Mapping[str, object], dim: int) -> RopeSpec:
-    """The rope that a config.json describes: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    """The rope that a config.json describes, as transformers reads it.
+
+    Version 5 writes everything into `rope_parameters`, earlier versions wrote `rope_theta` beside `rope_scaling`, whose
+    type was once called `type`. `config` has the family's `max_position_embeddings` where the file has none.
+    """
     keys = Keys(config)
-    parameters = keys.table("rope_parameters") or {}
-    scaling = parameters or keys.table("rope_scaling") or {}
-    theta = Keys(parameters).positive("rope_theta", default=keys.positive("rope_theta", default=10000.0))
-    rope = Keys(scaling)
+    keys.neutral("partial_rotary_factor", 1.0)
+    # Where a file has both, the older spelling counts: transformers moves it over the newer one.
+    table = keys.table("rope_scaling") or keys.table("rope_parameters")
+    rope = Keys(table)
+    rope.neutral("partial_rotary_factor", 1.0)
+    theta = rope.positive("rope_theta", default=keys.positive("rope_theta", default=DEFAULT_THETA))
     kind = rope.text("rope_type", default=rope.text("type", default="default"))
     match kind:
         case "default":
@@ -32,36 +39,38 @@ def from_huggingface(config: Mapping[str, object], dim: int) -> RopeSpec:
         case "linear":
             factors = linear_factors(rope.positive("factor"), dim)
         case "llama3":
+            context = rope.count("original_max_position_embeddings", keys.count("max_position_embeddings"), least=1)
             factors = llama3_factors(
                 theta,
                 dim,
                 factor=rope.positive("factor"),
                 low_freq_factor=rope.positive("low_freq_factor"),
                 high_freq_factor=rope.positive("high_freq_factor"),
-                original_context=rope.count("original_max_position_embeddings"),
+                original_context=keys.count("original_max_position_embeddings", default=context, least=1),
             )
         case _:
-            raise UnsupportedModelError(f"rope scaling must be default, linear or llama3, the checkpoint has {kind!r}.")
+            raise UnsupportedModelError(
+                f"rope scaling must be default, linear or llama3, the checkpoint has {shown(kind)}."
+            )
     return RopeSpec(theta=theta, dim=dim, factors=factors)
 
 
 def from_gguf(keys: Keys, dim: int, frequency_factors: NDArray[np.float32] | None) -> RopeSpec:
     """The rope that GGUF `keys` describe; `frequency_factors` is the tensor rope_freqs.weight, [dim / 2]."""
-    theta = keys.positive("rope.freq_base", default=10000.0)
-    kind = keys.text("rope.scaling.type", default="none")
-    # The key before there were types; converters wrote 0 or 1 for "none".
-    old = keys.get("rope.scale_linear")
-    factor = keys.positive("rope.scale_linear", default=1.0) if old else 1.0
-    if kind == "linear":
-        factor = keys.positive("rope.scaling.factor", default=factor)
-    elif kind not in _PLAIN:
-        raise UnsupportedModelError(f"rope scaling must be none or linear, the checkpoint has {kind!r}.")
-    elif keys.get("rope.scaling.factor") not in (None, 0.0, 1.0):
-        raise keys.error("rope.scaling.factor", "0.0 or 1.0 without a rope.scaling.type")
+    theta = keys.positive("rope.freq_base", default=DEFAULT_THETA)
+    kind = keys.text("rope.scaling.type", default="linear")  # the only one there was before it had a name
+    if kind not in ("none", "linear"):
+        raise UnsupportedModelError(f"rope scaling must be none or linear, the checkpoint has {shown(kind)}.")
+    key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"  # the old name
+    stored = keys.get(key)
+    unscaled = kind == "none" or stored is None or (isinstance(stored, (int, float)) and stored == 0)
+    factor = 1.0 if unscaled else keys.positive(key)
     if frequency_factors is None:
         return RopeSpec(theta=theta, dim=dim, factors=linear_factors(factor, dim))
     if factor != 1.0:
-        raise UnsupportedModelError("rope scaling is given twice: linear, and by the tensor rope_freqs.weight.")
+        raise UnsupportedModelError(
+            f"rope scaling must be given once, the checkpoint has {keys.name(key)} {factor:g} and rope_freqs.weight."
+        )
     return RopeSpec(theta=theta, dim=dim, factors=tuple(frequency_factors.tolist()))
 
 
@@ -77,8 +86,7 @@ def llama3_factors(
     down by `factor`, and between `low_freq_factor` and `high_freq_factor` turns the two are mixed."""
     if not low_freq_factor < high_freq_factor:
         raise UnsupportedModelError(
-            f"low_freq_factor must be below high_freq_factor {high_freq_factor:g}, the checkpoint has "
-            f"{low_freq_factor:g}."
+            f"low_freq_factor must be below high_freq_factor {high_freq_factor:g}, got {low_freq_factor:g}."
         )
     turns = original_context * RopeSpec(theta=theta, dim=dim).frequencies() / (2 * math.pi)
     kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)

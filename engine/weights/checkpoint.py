@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -11,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import FormatError
-from engine.models.blueprint import Blueprint
+from engine.models.blueprint import Blueprint, Description
 from engine.weights.gguf_tokenizer import TokenizerInfo
 from engine.weights.tensor_types import FLOAT_TYPES
+
+COMPARED_BYTES = 4 << 20
+"""Bytes of each tensor that are held at a time when two are compared."""
 
 
 class StoredTensor(Protocol):
@@ -93,6 +98,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
     from engine.weights.gguf_checkpoint import GgufCheckpoint
 
     return GgufCheckpoint(path)
+
+
+def describe(checkpoint: Checkpoint, config: Mapping[str, object]) -> Description:
+    """What a family's file is given of a checkpoint."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    return Description(config, shapes, partial(read_vector, checkpoint), partial(stored_alike, checkpoint))
+
+
+def stored_alike(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors are stored with the same shape, type and bytes; reads them a few MB at a time."""
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    if (one.shape, one.type_name) != (other.shape, other.type_name):
+        return False
+    num_rows = math.prod(one.shape[:-1])
+    step = max(1, num_rows * COMPARED_BYTES // max(1, one.nbytes))
+    return all(
+        np.array_equal(checkpoint.read_rows(first, start, stop), checkpoint.read_rows(second, start, stop))
+        for start in range(0, num_rows, step)
+        for stop in (min(start + step, num_rows),)
+    )
 
 
 def read_vector(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -14,17 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import FormatError, SourceError
-from engine.models.blueprint import Blueprint, Description
+from engine.models.blueprint import Blueprint
 from engine.models.registry import read_huggingface
-from engine.weights.checkpoint import read_vector
+from engine.weights.checkpoint import describe
 from engine.weights.generation import defaults_from_config
 from engine.weights.gguf_tokenizer import TokenizerInfo
 from engine.weights.hf_tokenizer import read_tokenizer_folder
 from engine.weights.safetensors import SafeTensor, SafetensorsFile
+from engine.weights.strict_json import read_object
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-MAX_JSON_BYTES = 64 << 20
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+TEXT_FILES = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What is read of a folder beside its weights, where it is there."""
+
+_MAX_NAME = 255  # bytes of a file's name, on every file system we know
 
 
 class FolderCheckpoint:
@@ -34,47 +47,48 @@ class FolderCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._config = read_json(path / "config.json")
-        self._files: list[SafetensorsFile] = []
-        self._of: dict[str, SafetensorsFile] = {}
-        with ExitStack() as undo:
-            undo.callback(self.close)
+        self._config = read_object(path / CONFIG)
+        with ExitStack() as files:
             wanted = _weight_map(path)
+            self._shard_of: dict[str, SafetensorsFile] = {}
             for name in _file_names(path, wanted):
-                file = SafetensorsFile(path / name)
-                self._files.append(file)
-                for tensor in file.tensors:
-                    if tensor in self._of:
-                        raise FormatError(f"tensor {tensor!r} is also in {self._of[tensor].path.name}", path=file.path)
-                    self._of[tensor] = file
-            _need_complete(path, wanted, self._of)
-            undo.pop_all()
-        self.tensors: Mapping[str, SafeTensor] = {name: file.tensors[name] for name, file in self._of.items()}
+                shard = SafetensorsFile(path / name)
+                files.callback(shard.close)
+                for tensor in shard.tensors:
+                    if tensor in self._shard_of:
+                        first = self._shard_of[tensor].path.name
+                        raise FormatError(f"tensor {tensor[:100]!r} is also in {first}", path=shard.path)
+                    self._shard_of[tensor] = shard
+            _need_complete(path, wanted, self._shard_of)
+            self._files = files.pop_all()
+        self.tensors: Mapping[str, SafeTensor] = {name: shard.tensors[name] for name, shard in self._shard_of.items()}
 
     def blueprint(self) -> Blueprint:
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return read_huggingface(Description(self._config, shapes, partial(read_vector, self)))
+        return read_huggingface(describe(self, self._config))
 
     def text(self) -> TokenizerInfo:
         return read_tokenizer_folder(self.path)
 
     def generation_defaults(self) -> Mapping[str, float]:
-        path = self.path / "generation_config.json"
-        return defaults_from_config(read_json(path), path) if path.exists() else {}
+        path = self.path / GENERATION_CONFIG
+        return defaults_from_config(read_object(path), path) if path.exists() else {}
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        return self._of[name].read_rows(self.tensors[name], start, stop)
+        return self._shard_of[name].read_rows(self.tensors[name], start, stop)
 
     def sha256(self) -> str:
+        """Over the names and contents of `files_of`, in the order of names."""
         digest = hashlib.sha256()
-        for path in sorted(files_of(self.path)):
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+        for path in files_of(self.path):
+            try:
+                with path.open("rb") as file:
+                    digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise SourceError(f"cannot read {path}: {error.strerror}.") from error
         return digest.hexdigest()
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        self._files.close()
 
     def __enter__(self) -> FolderCheckpoint:
         return self
@@ -83,59 +97,46 @@ class FolderCheckpoint:
         self.close()
 
 
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-"""What is read of a folder beside its weights, where it is there."""
-
-
 def files_of(folder: Path) -> list[Path]:
-    """Every file of a folder that is read: a change in one of them makes another model.
+    """Every file of a folder that is read, sorted: a change in one of them makes another model.
 
     Raises SourceError for a folder without weights, FormatError for an index that makes no sense.
     """
-    names = [*TEXT_FILES, INDEX, *_file_names(folder, _weight_map(folder))]
-    return [folder / name for name in names if (folder / name).exists()]
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object in a file of bounded size. Raises SourceError or FormatError."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise FormatError(f"expected at most {MAX_JSON_BYTES} bytes, the file has {size}", path=path)
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"not JSON: {error}", path=path, offset=getattr(error, "pos", None)) from None
-    if not isinstance(values, dict):
-        raise FormatError(f"expected a JSON object, found {type(values).__name__}", path=path)
-    return values
+    weight_map = _weight_map(folder)
+    names = {*TEXT_FILES, *_file_names(folder, weight_map), *([INDEX] if weight_map else [])}
+    return [folder / name for name in sorted(names) if (folder / name).exists()]
 
 
 def _weight_map(folder: Path) -> Mapping[str, str] | None:
-    """Tensor -> file name, as the index of a sharded checkpoint says; None where there is no index."""
+    """Tensor -> file name, as the index of a sharded checkpoint says; None for weights in one file."""
     path = folder / INDEX
-    if not path.exists():
+    if (folder / WHOLE).exists() or not path.exists():
         return None
-    table = read_json(path).get("weight_map")
+    table = read_object(path).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise FormatError("weight_map must be an object of tensor names and file names", path=path)
     for tensor, name in table.items():
-        plain = isinstance(name, str) and name.endswith(".safetensors") and PurePosixPath(name).name == name
-        if not plain:
-            raise FormatError(f"weight_map[{tensor!r}] must be a plain *.safetensors name, found {name!r}", path=path)
+        if not isinstance(name, str) or not _is_plain(name):
+            raise FormatError(
+                f"weight_map[{tensor[:100]!r}] must be the name of a .safetensors file beside the index, found "
+                f"{name!r}"[:300],
+                path=path,
+            )
     return table
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name from the index is one of a file in the same folder, and can be: no path, no control characters."""
+    return (
+        name.endswith(".safetensors")
+        and PurePosixPath(name).name == name
+        and name.isprintable()
+        and len(name.encode()) <= _MAX_NAME
+    )
+
+
 def _file_names(folder: Path, weight_map: Mapping[str, str] | None) -> list[str]:
+    """The files that hold the weights, sorted."""
     if weight_map is not None:
         return sorted(set(weight_map.values()))
     if (folder / WHOLE).exists():
@@ -148,8 +149,9 @@ def _file_names(folder: Path, weight_map: Mapping[str, str] | None) -> list[str]
 
 
 def _need_complete(folder: Path, weight_map: Mapping[str, str] | None, found: Mapping[str, SafetensorsFile]) -> None:
+    """Raise FormatError unless every tensor lies where the index says."""
     for tensor, name in (weight_map or {}).items():
-        file = found.get(tensor)
-        if file is None or file.path.name != name:
-            where = "nowhere" if file is None else file.path.name
-            raise FormatError(f"tensor {tensor!r} must be in {name}, found {where}", path=folder / INDEX)
+        shard = found.get(tensor)
+        if shard is None or shard.path.name != name:
+            where = "nowhere" if shard is None else f"in {shard.path.name}"
+            raise FormatError(f"tensor {tensor[:100]!r} must be in {name}, found {where}", path=folder / INDEX)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -11,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModelError
-from engine.models.blueprint import Blueprint, Description
+from engine.models.blueprint import Blueprint
 from engine.models.registry import read_gguf
-from engine.weights.checkpoint import read_vector
+from engine.weights.checkpoint import describe
 from engine.weights.generation import defaults_from_gguf
 from engine.weights.gguf import GgufFile, GgufTensor
 from engine.weights.gguf_tokenizer import TokenizerInfo, read_tokenizer
@@ -34,13 +33,12 @@ class GgufCheckpoint:
 
     def blueprint(self) -> Blueprint:
         metadata = self._file.metadata
-        pieces = metadata.get("split.count")
+        pieces = metadata.get("split.count")  # of llama.cpp's gguf-split
         if isinstance(pieces, int) and pieces > 1:
             raise UnsupportedModelError(
                 f"GGUF checkpoints split over several files are not supported (split.count {pieces}): merge them first."
             )
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return read_gguf(Description(metadata, shapes, partial(read_vector, self)))
+        return read_gguf(describe(self, metadata))
 
     def text(self) -> TokenizerInfo:
         return read_tokenizer(self._file.metadata, self.path)

@@ -1,7 +1,8 @@
 """Reading safetensors, a format we do not trust: the header is checked against the file's size before it is used.
 
 The `safetensors` package reads through numpy, which has no bfloat16, so the header is read here and rows come as raw
-bytes. Source: the safetensors format description (8 bytes header length, JSON header, data).
+bytes. Source: the safetensors format description: 8 bytes header length, a JSON header, then data that the tensors
+cover without gaps and without overlapping.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,17 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import FormatError, SourceError
-
-MAX_HEADER_BYTES = 100 << 20
-"""The format's own limit."""
+from engine.weights.strict_json import MAX_JSON_BYTES, decode_object
 
 MAX_DIMS = 8
 
 _ITEM_BYTES: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-"""Bytes of one value of each type of the format; which of them we load, `tensor_types` says."""
+"""Bytes of one value of each type of whole bytes; which of them we load, `tensor_types` says."""
 
 _LENGTH = struct.Struct("<Q")
 _Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
@@ -39,12 +39,12 @@ _Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     shape: list[_Size]
-    data_offsets: tuple[_Size, _Size]  # from the end of the header
+    data_offsets: tuple[_Size, _Size]  # begin and end, from the end of the header
 
 
 @dataclass(frozen=True, slots=True)
 class SafeTensor:
-    """Where one tensor lies. Its bytes were checked to be inside the file and to overlap no other tensor's."""
+    """Where one tensor lies. Its bytes were checked to be inside the file and to belong to no other tensor."""
 
     name: str
     shape: tuple[int, ...]  # outermost first: (outputs, inputs)
@@ -53,8 +53,12 @@ class SafeTensor:
     nbytes: int
 
     @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
     def row_bytes(self) -> int:
-        return self.shape[-1] * _ITEM_BYTES[self.type_name]
+        return math.prod(self.shape[-1:]) * _ITEM_BYTES[self.type_name]
 
 
 class SafetensorsFile:
@@ -67,6 +71,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever
+                raise SourceError(f"cannot open {path}: it is not a file.")
             self._file: io.BufferedReader = path.open("rb")
         except OSError as error:
             raise SourceError(f"cannot open {path}: {error.strerror}.") from error
@@ -79,7 +85,7 @@ class SafetensorsFile:
 
     def read_rows(self, tensor: SafeTensor, start: int, stop: int) -> NDArray[np.uint8]:
         """The raw bytes of rows [start, stop) of a tensor (a vector is one row), uint8 [rows, row bytes]."""
-        assert 0 <= start <= stop <= math.prod(tensor.shape[:-1]), (tensor, start, stop)
+        assert 0 <= start <= stop <= tensor.num_rows, (tensor, start, stop)
         raw = np.empty((stop - start, tensor.row_bytes), np.uint8)
         offset = tensor.offset + start * tensor.row_bytes
         self._file.seek(offset)
@@ -93,55 +99,67 @@ class SafetensorsFile:
         return raw
 
     def close(self) -> None:
+        """Idempotent."""
         self._file.close()
 
 
 def _read_header(file: io.BufferedReader, path: Path, size: int) -> dict[str, SafeTensor]:
-    def error(message: str, offset: int = _LENGTH.size) -> FormatError:
-        return FormatError(message, path=path, offset=offset)
-
     if size < _LENGTH.size:
-        raise error(f"expected a header length of {_LENGTH.size} bytes, the file has {size}", 0)
+        raise FormatError(f"expected a header length of {_LENGTH.size} bytes, the file has {size}", path=path, offset=0)
     (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-    limit = min(size - _LENGTH.size, MAX_HEADER_BYTES)
+    limit = min(size - _LENGTH.size, MAX_JSON_BYTES)
     if length > limit:
-        raise error(f"expected a header of at most {limit} bytes, found {length}", 0)
-    raw = file.read(length)
-    if len(raw) != length:
-        raise error(f"expected {length} bytes of header, got {len(raw)}: the file shrank while it was read")
-    try:
-        table = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        table.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in table.items()}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
-        raise error(f"the header cannot be decoded: {problem}") from None
-
+        raise FormatError(f"expected a header of at most {limit} bytes, found {length}", path=path, offset=0)
+    table = decode_object(file.read(length), path, offset=_LENGTH.size)
+    table.pop("__metadata__", None)  # free text of whoever wrote the file
     start = _LENGTH.size + length
-    tensors: dict[str, SafeTensor] = {}
-    for name, entry in entries.items():
-        item = _ITEM_BYTES.get(entry.dtype)
-        if item is None:
-            raise error(f"tensor {name!r}: unknown type {entry.dtype!r}"[:300])
-        if not len(entry.shape) <= MAX_DIMS:
-            raise error(f"tensor {name!r}: expected at most {MAX_DIMS} dimensions, found {len(entry.shape)}")
-        begin, end = entry.data_offsets
-        nbytes = math.prod(entry.shape) * item
-        if end - begin != nbytes:
-            raise error(
-                f"tensor {name!r} {entry.shape} {entry.dtype}: expected {nbytes} bytes, found data_offsets "
-                f"[{begin}, {end}]"
-            )
-        if start + end > size:
-            raise error(
-                f"tensor {name!r} lies at bytes {start + begin} to {start + end}, but the file has {size} bytes: it is "
-                "truncated or damaged"
-            )
-        if entry.shape and nbytes:  # a scalar or an empty tensor is part of no model that we load
-            tensors[name] = SafeTensor(name, tuple(entry.shape), entry.dtype, start + begin, nbytes)
+    tensors = [_tensor(name, entry, start, path) for name, entry in table.items()]
+    _need_cover(tensors, start, size, path)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _tensor(name: str, entry: object, start: int, path: Path) -> SafeTensor:
+    """An entry of the header, checked by itself; the data begin at byte `start`."""
+    shown = repr(name[:100])
+
+    def error(message: str) -> FormatError:
+        return FormatError(f"tensor {shown}: {message}", path=path, offset=_LENGTH.size)
+
+    try:
+        checked = msgspec.convert(entry, _Entry)
+    except msgspec.ValidationError as problem:
+        raise error(str(problem)) from None
+    item = _ITEM_BYTES.get(checked.dtype)
+    if item is None:
+        raise error(f"expected one of the types {', '.join(_ITEM_BYTES)}, found {checked.dtype[:100]!r}")
+    if len(checked.shape) > MAX_DIMS:
+        raise error(f"expected at most {MAX_DIMS} dimensions, found {len(checked.shape)}")
+    begin, end = checked.data_offsets
+    nbytes = math.prod(checked.shape) * item
+    if end - begin != nbytes:
+        raise error(f"{checked.dtype} {checked.shape} takes {nbytes} bytes, found data_offsets [{begin}, {end}]")
+    return SafeTensor(name, tuple(checked.shape), checked.dtype, start + begin, nbytes)
+
+
+def _need_cover(tensors: list[SafeTensor], start: int, size: int, path: Path) -> None:
+    """Raise FormatError unless the tensors are exactly the bytes from `start` to `size`, each byte of one tensor."""
     end = start
-    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
-        if tensor.offset < end:
-            raise error(f"tensor {tensor.name!r} overlaps the one before it: expected from byte {end}, found "
-                        f"{tensor.offset}")  # fmt: skip
-        end = tensor.offset + tensor.nbytes
-    return tensors
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            what = "overlaps the one before it" if tensor.offset < end else "leaves a gap before it"
+            raise FormatError(
+                f"tensor {tensor.name[:100]!r} {what}: expected from byte {end}, found {tensor.offset}",
+                path=path,
+                offset=_LENGTH.size,
+            )
+        end += tensor.nbytes
+        if end > size:
+            raise FormatError(
+                f"tensor {tensor.name[:100]!r} lies at bytes {tensor.offset} to {end}, but the file has {size} bytes: "
+                "it is truncated or damaged",
+                path=path,
+                offset=_LENGTH.size,
+            )
+    if end != size:
+        raise FormatError(f"expected the file to end with its last tensor at {end}, it has {size} bytes",
+                          path=path, offset=end)  # fmt: skip
