@@ -15,6 +15,9 @@ from engine.kernels.layout import Correction, PackedTensor
 from engine.kernels.validate import check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
 
+ROPE_PIECE = 1024
+"""Positions whose rotation is computed at once, when a sequence first reaches one of them: about a millisecond."""
+
 
 @functools.cache
 def build(isa: str) -> ModuleType | None:
@@ -46,7 +49,7 @@ class NativeProgram:
         matrices = ["embed"] + [layer + name for layer in layers for name in ("qkv", "o", "gate_up", "down")]
         if not spec.tie_embeddings:
             matrices.append("head")
-        cos, sin = rope_tables(spec.rope, spec.max_position)
+        self._rope = RopeTables(spec.rope, spec.max_position)
         self._program: Any = module.Program(
             shape=module.DecoderShape(
                 num_layers=spec.num_layers,
@@ -62,8 +65,8 @@ class NativeProgram:
             vectors=[weights[name].data for name in vectors],
             matrices=[native_matrix(weights[name]) for name in matrices],
             tied=spec.tie_embeddings,
-            rope_cos=cos,
-            rope_sin=sin,
+            rope_cos=self._rope.cos,
+            rope_sin=self._rope.sin,
             num_blocks=num_blocks,
             threads=threads,
         )
@@ -71,6 +74,7 @@ class NativeProgram:
     def step(self, batch: StepBatch) -> Int32:
         """See `Program.step`."""
         check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
+        self._rope.reach(int(batch.seq_lens.max()))
         num_rows = batch.logits_rows.size if batch.sampling is not None else 0
         chosen = np.empty(num_rows, np.int32)
         self._program.step(
@@ -111,7 +115,25 @@ def native_matrix(tensor: PackedTensor) -> tuple[Any, int, int, int, bool]:
     return tensor.data, fmt.n, fmt.k, fmt.bits, fmt.correction is Correction.MIN
 
 
-def rope_tables(rope: RopeSpec, num_positions: int) -> tuple[Any, Any]:
-    """cos and sin of each pair's angle at each position, computed in float64; float32 [num_positions, dim / 2]."""
-    angles = np.arange(num_positions)[:, None] * rope.frequencies()
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+class RopeTables:
+    """cos and sin of each pair's angle at each position, computed in float64 as far as steps have reached.
+
+    All positions of a long context would take most of a second and 64 MB at every start. Their rows are allocated at
+    once, so that they never move, but take memory only where they are written.
+    """
+
+    def __init__(self, rope: RopeSpec, max_position: int) -> None:
+        self._frequencies = rope.frequencies()
+        self.cos = np.empty((max_position, rope.dim // 2), np.float32)  # rows from num_ready on are not written yet
+        self.sin = np.empty_like(self.cos)
+        self.num_ready = 0
+
+    def reach(self, num_positions: int) -> None:
+        """Make the rows of positions 0 to num_positions - 1 (at most max_position) ready."""
+        if num_positions <= self.num_ready:
+            return
+        end = min(-(-num_positions // ROPE_PIECE) * ROPE_PIECE, len(self.cos))
+        angles = np.arange(self.num_ready, end)[:, None] * self._frequencies
+        self.cos[self.num_ready : end] = np.cos(angles)
+        self.sin[self.num_ready : end] = np.sin(angles)
+        self.num_ready = end

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import resource
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +16,10 @@ from engine.errors import ConfigError
 from engine.kernels import available_isas, create_program, select_isa
 from engine.kernels.batch import Float32, Int32, Program, SamplingArrays
 from engine.kernels.layout import Correction, PackedTensor, pack_bf16, to_bf16
-from engine.kernels.native import build, native_matrix, native_sampling
-from engine.kernels.reference import QuantizedMatrix, ReferenceProgram, kernel_matrix
+from engine.kernels.native import ROPE_PIECE, RopeTables, build, native_matrix, native_sampling
+from engine.kernels.reference import QuantizedMatrix, ReferenceProgram, kernel_matrix, rope_tables
 from engine.kernels.reference_sampler import sample, uniform
-from engine.models.spec import DecoderSpec
+from engine.models.spec import DecoderSpec, RopeSpec
 from tests.engine.kernels.steps import (
     BF16,
     FORMATS,
@@ -335,6 +337,36 @@ def test_a_wrong_step_is_refused_before_anything_is_written(isa: str, program: P
     with pytest.raises(ValueError, match="token_ids"):
         program.step(batch)
     assert np.isnan(logits_of(batch)).all()
+
+
+def test_rotations_are_computed_as_far_as_sequences_reach() -> None:
+    rope = RopeSpec(theta=500000.0, dim=32, factors=tuple(1.0 + i for i in range(16)))
+    tables = RopeTables(rope, 3 * ROPE_PIECE - 100)
+    for longest, ready in ((1, 1), (ROPE_PIECE, 1), (ROPE_PIECE + 1, 2), (2, 2)):
+        tables.reach(longest)
+        assert tables.num_ready == ready * ROPE_PIECE
+    tables.reach(3 * ROPE_PIECE - 100)
+    cos, sin = rope_tables(np.arange(3 * ROPE_PIECE - 100, dtype=np.int32), rope)
+    np.testing.assert_array_equal(tables.cos, cos[:, 0])
+    np.testing.assert_array_equal(tables.sin, sin[:, 0])
+
+
+def test_a_context_of_a_million_positions_costs_what_is_used_of_it(isa: str) -> None:
+    """Each table would take 256 MB. A step far into the context rotates as the twin does."""
+    spec = tiny_spec(num_layers=1, head_dim=128, max_position=1 << 20)
+    weights = random_weights(spec)
+
+    def resident_megabytes() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    before = resident_megabytes()
+    native = create_program(spec, weights, num_blocks=100, threads=1, isa=isa)
+    # Nothing was written to the blocks before: both see keys and values of 0 there.
+    batch, expected = (make_batch([Piece(ids(3, spec), 3100, range(97))], spec) for _ in range(2))
+    native.step(batch)
+    assert resident_megabytes() - before < 50
+    ReferenceProgram(spec, weights, num_blocks=100).step(expected)
+    assert_the_twins(isa, logits_of(batch), logits_of(expected))
 
 
 # The sampler
