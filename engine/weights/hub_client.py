@@ -124,25 +124,28 @@ class HubClient:
                 failures = 0 if output.tell() > start else failures + 1
                 if failures == _ATTEMPTS or (problem is not None and not _is_transient(problem)):
                     if problem is None:
-                        raise SourceError(f"{repo}: {file.path}: the hub sent {start} of {file.size} bytes.")
+                        raise _mismatch(file, f"{start} bytes")
                     raise self._explained(problem, repo, commit) from problem
                 if problem is not None:
                     self._wait(failures + 1, problem)
             report(output.tell())
             os.fsync(output.fileno())
-        _verify(repo, file, partial)
+        _verify(file, partial)
 
     def _receive(self, url: str, file: RemoteFile, output: BinaryIO, report: Callable[[int], None]) -> None:
         """One attempt: append to `output` what follows its end."""
         start = output.tell()
         headers = {"range": f"bytes={start}-"} if start else {}
         with self._stream(url, headers, accepted=(416,)) as response:
-            # A hub that has no such range has another file, one that ignores it sends the whole: both start over.
-            found = response.headers.get("content-range", "").startswith(f"bytes {start}-")
-            if start and not (response.status_code == 206 and found):
+            if response.status_code == 416:  # what there is ends before `start`
                 output.truncate(0)
-                if response.status_code != 200:
-                    return
+                raise _mismatch(file, f"{start} bytes or less")
+            if start and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                start = output.truncate(0)  # the hub does not know ranges and sends the whole
+            length = response.headers.get("content-length", "")
+            if length.isdecimal() and start + int(length) != file.size:
+                output.truncate(0)
+                raise _mismatch(file, f"{start + int(length)} bytes")
             for block in response.iter_bytes():
                 output.write(block)
                 report(output.tell())
@@ -248,7 +251,7 @@ def _remote_file(sibling: _Sibling) -> RemoteFile:
     return RemoteFile(sibling.rfilename, sibling.size, checksum)
 
 
-def _verify(repo: str, file: RemoteFile, path: Path) -> None:
+def _verify(file: RemoteFile, path: Path) -> None:
     size = path.stat().st_size
     kind, _, expected = file.checksum.partition("-")
     # A git blob's name is the SHA-1 of its content after this header.
@@ -259,7 +262,12 @@ def _verify(repo: str, file: RemoteFile, path: Path) -> None:
     if size == file.size and digest.hexdigest() == expected:
         return
     path.unlink()
-    raise SourceError(
-        f"{repo}: {file.path}: expected {file.size} bytes with checksum {expected}, got {size} with "
-        f"{digest.hexdigest()}: it was not kept."
+    raise _mismatch(file, f"{size} bytes with checksum {digest.hexdigest()}")
+
+
+def _mismatch(file: RemoteFile, found: str) -> SourceError:
+    checksum = file.checksum.partition("-")[2]
+    return SourceError(
+        f"{file.path}: expected {file.size} bytes with checksum {checksum}, the hub sent {found}: it was not kept. Try "
+        "again later."
     )

@@ -7,9 +7,11 @@ import pytest
 
 from engine.config import DEFAULT_MODEL
 from engine.errors import SourceError
-from engine.weights import catalog, installed, load_model, resolve
+from engine.weights import catalog, load_model, model_id, resolve
+from engine.weights.hub import HubCheckpoint
+from engine.weights.progress import NoProgress
 from engine.weights.pypi import WheelFile
-from engine.weights.source import FileSource, InstalledModel, WheelSource, parse
+from engine.weights.source import FileSource, FolderSource, HubSource, WheelSource, locate, parse
 from tests.tiny_gguf import TinyLlama
 
 
@@ -42,11 +44,11 @@ def test_a_file_of_a_wheel() -> None:
     assert file.path(Path("/home")) == Path("/home/models/Tiny.model-x-1.0rc1+cpu/a/b.Q8_0.gguf")
 
 
-def test_a_pinned_file_stays_pinned_when_spelled_out() -> None:
+def test_a_pinned_file_that_is_spelled_out_is_the_same_model() -> None:
     by_name = parse(DEFAULT_MODEL)
     assert isinstance(by_name, WheelSource)
-    spelled = parse(f"pypi:{by_name.file.requirement}/{by_name.file.member}")
-    assert spelled == WheelSource("SmolLM2-135M-Instruct.Q4_1", by_name.file)
+    assert parse(f"pypi:{by_name.file.requirement}/{by_name.file.member}") == by_name
+    assert parse(by_name.origin) == by_name
 
 
 def test_files() -> None:
@@ -54,12 +56,66 @@ def test_files() -> None:
     assert parse("~/x.seraph") == FileSource("x", Path.home() / "x.seraph")
 
 
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("a/SmolLM2-135M") == FolderSource("SmolLM2-135M", Path("a/SmolLM2-135M"))
+    assert parse("./x/") == FolderSource("x", Path("x"))
+    assert parse("~/models/x") == FolderSource("x", Path.home() / "models/x")
+    (tmp_path / "word").mkdir()
+    (tmp_path / "odd.gguf").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse("word") == FolderSource("word", Path("word"))  # a plain word, if it is one
+    assert parse("odd.gguf") == FolderSource("odd.gguf", Path("odd.gguf"))
+    assert parse(".") == FolderSource(tmp_path.name, Path())
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "checkpoint", "origin"),
+    [
+        ("hf:org/name", "name", HubCheckpoint("org/name"), "hf:org/name"),
+        ("hf:org/name@main", "name", HubCheckpoint("org/name"), "hf:org/name"),
+        ("hf:org/na.me-1@v1.0", "na.me-1", HubCheckpoint("org/na.me-1", "v1.0"), "hf:org/na.me-1@v1.0"),
+        (
+            "hf:org/name@refs/pr/1:a/b.Q4_1.gguf",
+            "b.Q4_1",
+            HubCheckpoint("org/name", "refs/pr/1", "a/b.Q4_1.gguf"),
+            None,
+        ),
+        ("hf:org/name:b.gguf", "b", HubCheckpoint("org/name", file="b.gguf"), ""),
+    ],
+)
+def test_repositories(source: str, name: str, checkpoint: HubCheckpoint, origin: str) -> None:
+    parsed = parse(source)
+    assert parsed == HubSource(name, checkpoint)
+    assert parsed.origin == (origin or source)
+    assert model_id(source) == name
+
+
+def test_model_ids() -> None:
+    assert model_id(DEFAULT_MODEL) == DEFAULT_MODEL
+    assert model_id("pypi:x==1/a/b.Q8_0.gguf") == "b.Q8_0"
+    assert model_id("models/SmolLM2-135M/") == "SmolLM2-135M"
+    assert model_id("../x.seraph") == "x"
+    with pytest.raises(SourceError, match="unknown model"):
+        model_id("gpt-5")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("gpt-5", r"unknown model 'gpt-5': expected a short name \(smollm2-135m-instruct.*\), the path of a .gguf"),
+        ("gpt-5", r"(?s)unknown model 'gpt-5'\. A model is.*an alias \(smollm2-135m-instruct.*a folder.*hf:.*pypi:"),
+        ("smolm2-135M-instruct", r"Did you mean smollm2-135m-instruct\?"),
         ("", "unknown model ''"),
-        ("hf:org/name", r"'hf:org/name': hf: sources are not supported in this version; give a short name"),
+        ("a/\0", "unknown model"),
+        ("hf:name", r"'hf:name': expected hf:organization/name\[@revision\]\[:file\.gguf\]"),
+        ("hf:org/name/more", "expected hf:organization/name"),
+        ("hf:org/../x", "expected hf:organization/name"),
+        ("hf:../x", "expected hf:organization/name"),
+        ("hf:a--b/x", "expected hf:organization/name"),
+        ("hf:org/name@", "expected hf:organization/name"),
+        ("hf:org/name@v 1", "expected hf:organization/name"),
+        ("hf:org/name:x.bin", r"expected the path of a \.gguf file in the repository, got 'x\.bin'"),
+        ("hf:org/name:../x.gguf", r"expected the path of a \.gguf file in the repository, got '\.\./x\.gguf'"),
+        ("pypi:x==1-1/a.gguf", "expected pypi:distribution"),
         ("pypi:x", r"expected pypi:distribution==version/path/in/wheel\.gguf"),
         ("pypi:--index-url==1/a.gguf", "expected pypi:distribution"),
         ("pypi:x==--pre/a.gguf", "expected pypi:distribution"),
@@ -81,7 +137,7 @@ def test_resolve_of_files(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"a\.gguf does not exist"):
         resolve(str(path))
     path.mkdir()
-    with pytest.raises(SourceError, match=r"a\.gguf is not a file"):
+    with pytest.raises(SourceError, match=r"a\.gguf is no checkpoint"):
         resolve(str(path))
     path.rmdir()
     path.touch()
@@ -89,23 +145,46 @@ def test_resolve_of_files(tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
-def test_installed_lists_packed_and_fetched_models(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    assert installed(home) == []
-    checkpoint = TinyLlama().write(tmp_path / "mine.gguf")
-    model = load_model(str(checkpoint), home=home)
-    by_name = parse(DEFAULT_MODEL)
-    assert isinstance(by_name, WheelSource)
-    fetched, other = by_name.file.path(home), home / "models/x-1/y/z.Q8_0.gguf"
-    for path, size in ((fetched, 7), (other, 5), (home / "models/.x-2.fetching/member.gguf", 3)):
-        path.parent.mkdir(parents=True)
-        path.write_bytes(bytes(size))
-    (home / "packed/damaged-0000000000000000.seraph").write_bytes(b"not one")
-    assert installed(home) == [
-        InstalledModel("mine", model.path, model.nbytes, packed=True),
-        InstalledModel(DEFAULT_MODEL, fetched, 7, packed=False),
-        InstalledModel("z.Q8_0", other, 5, packed=False),
-    ]
+def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"org/name does not exist; from a Hugging Face hub it would be hf:org/name"):
+        resolve("org/name", home=tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(SourceError, match=r"is no checkpoint: expected config\.json and safetensors, found nothing"):
+        resolve(str(folder))
+    for name in ("a.gguf", "b.bin", *(f"c{i:02}" for i in range(30))):
+        (folder / name).touch()
+    with pytest.raises(SourceError, match=r"found a\.gguf, b\.bin, c00.* and 12 more\. To load .*: .*folder/a\.gguf"):
+        resolve(str(folder))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"expected model\.safetensors, .*found none"):
+        resolve(str(folder))
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match=r"file is not a folder"):
+        resolve(str(tmp_path / "file"))
+
+
+def test_the_stamp_of_a_folder_covers_what_is_read_and_nothing_else(tmp_path: Path) -> None:
+    index = '{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}'
+    contents = {"config.json": "{}", "tokenizer.json": "{}", "x.safetensors": "x", "y.safetensors": "y"}
+    contents["model.safetensors.index.json"] = index
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+
+    def stamp() -> str:
+        return locate(parse(str(tmp_path)), tmp_path, NoProgress()).stamp
+
+    stamps = [stamp()]
+    (tmp_path / "README.md").write_text("read me")
+    (tmp_path / "other.safetensors").write_text("not in the index")
+    assert stamp() == stamps[0]
+    for name in contents:
+        seen = (tmp_path / name).stat()
+        os.utime(tmp_path / name, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
+        stamps.append(stamp())
+    (tmp_path / "generation_config.json").write_text("{}")
+    stamps.append(stamp())
+    assert len(set(stamps)) == len(contents) + 2
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:

@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import FormatError, SourceError, UnsupportedModelError
-from engine.weights import PackedModel, load_model
+from engine.config import DEFAULT_MODEL
+from engine.errors import ConfigError, FormatError, SourceError, UnsupportedModelError
+from engine.weights import PackedModel, load_model, parse
+from engine.weights.hub_client import HubClient
+from engine.weights.store import lock_path, packed_path
+from tests.engine.weights.hubs import serve_hub
 from tests.engine.weights.recording import Recorded
 from tests.engine.weights.wheels import client_settings, write_wheel
 from tests.tiny_gguf import TinyLlama
@@ -112,9 +116,10 @@ def test_failures_leave_nothing(checkpoint: Path, home: Path, tmp_path: Path) ->
     with pytest.raises(SourceError, match=r"none\.gguf does not exist"):
         load_model(str(tmp_path / "none.gguf"), home=home)
     model = TinyLlama()
-    model.types["blk.1.ffn_down.weight"] = "Q5_1"
+    model.tensors["extra.weight"] = np.ones(32, np.float32)
+    model.types["extra.weight"] = "F32"
     unsupported = model.write(tmp_path / "unsupported.gguf")
-    with pytest.raises(UnsupportedModelError, match="type Q5_1 is not supported"):
+    with pytest.raises(UnsupportedModelError, match=r"tensors that are not supported: extra\.weight"):
         load_model(str(unsupported), home=home)
     truncated = tmp_path / "truncated.gguf"
     truncated.write_bytes(checkpoint.read_bytes()[:-1])
@@ -145,6 +150,8 @@ PACK_COUNTED = """
 import sys
 from pathlib import Path
 from engine.weights import load_model
+from engine.weights.hub_client import HubClient
+from tests.engine.weights.hubs import serve_hub
 from tests.engine.weights.recording import Recorded
 progress = Recorded()
 model = load_model(sys.argv[1], home=Path(sys.argv[2]), progress=progress)
@@ -163,6 +170,8 @@ PACK_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 from engine.weights import load_model
+from engine.weights.hub_client import HubClient
+from tests.engine.weights.hubs import serve_hub
 from tests.engine.weights.recording import Recorded
 chunks = 0
 def advance():
@@ -220,3 +229,69 @@ def test_a_model_from_a_wheel_needs_the_wheel_once(home: Path, tmp_path: Path, m
     (home / "models/tiny-model-1.0/tiny_model/tiny.gguf").unlink()
     assert_same(model, load_model(source, home=home, progress=warm))
     assert warm.work == []
+
+
+def test_each_quantization_has_a_packed_file_of_its_own(home: Path, tmp_path: Path) -> None:
+    checkpoint = str(TinyLlama(quant="BF16").write(tmp_path / "tiny.gguf"))
+    models = {kind: load_model(checkpoint, home=home, quantization=kind) for kind in (None, "none", "int8", "int4")}
+    assert len({model.path for model in models.values()}) == 4
+    assert {kind: model.source.quantization for kind, model in models.items()} == {kind: kind for kind in models}
+    assert models["int4"].nbytes < models["int8"].nbytes < models["none"].nbytes
+    progress = Recorded()
+    for kind, model in models.items():
+        assert_same(model, load_model(checkpoint, home=home, quantization=kind, progress=progress))
+    assert progress.work == []
+
+
+def test_quantizations_that_cannot_be(checkpoint: Path, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantization must be one of none, int8, int4, got 'q4'"):
+        load_model(str(checkpoint), home=home, quantization="q4")
+    with pytest.raises(ConfigError, match="quantization int8 needs float weights"):
+        load_model(str(checkpoint), home=home, quantization="int8")
+    floats = str(TinyLlama(quant="F16").write(tmp_path / "floats.gguf"))
+    packed = load_model(floats, home=home, quantization="int8")
+    assert load_model(str(packed.path), quantization="int8").path == packed.path
+    assert load_model(str(packed.path)).source.quantization == "int8"
+    with pytest.raises(ConfigError, match=r"int4 cannot be had from .*, which was packed with quantization int8"):
+        load_model(str(packed.path), quantization="int4")
+    as_stored = load_model(str(checkpoint), home=home)
+    with pytest.raises(ConfigError, match=r"none cannot be had from .*, which was packed as its checkpoint was"):
+        load_model(str(as_stored.path), quantization="none")
+
+
+def test_a_model_from_a_hub_needs_the_hub_once(home: Path, tmp_path: Path) -> None:
+    data = [TinyLlama(seed=seed).write(tmp_path / "tiny.gguf").read_bytes() for seed in (0, 1)]
+    with serve_hub() as remote:
+        client = HubClient(endpoint=remote.url, token="")
+        repository = remote.repository("org/tiny")
+        commits = [repository.commit({"model.gguf": data[0]})]
+        progress = Recorded()
+        first = load_model("hf:org/tiny", home=home, client=client, progress=progress)
+        assert [label for label, _, _ in progress.work] == ["Fetching hf:org/tiny", "Packing tiny"]
+        assert (first.name, first.source.origin, first.source.commit) == ("tiny", "hf:org/tiny", commits[0])
+
+        commits.append(repository.commit({"model.gguf": data[1]}))
+        remote.requests.clear()
+        progress = Recorded()
+        assert_same(first, load_model("hf:org/tiny@main", home=home, client=client, progress=progress))
+        assert remote.requests == progress.work == []
+
+        second = load_model("hf:org/tiny", home=home, client=client, refresh=True)
+        assert (second.path, second.source.commit) == (first.path, commits[1])
+        assert (second.weights["embed"].data != first.weights["embed"].data).any()
+
+        repository.commit({"model.gguf": data[1], "README.md": b"nothing that is read"})
+        progress = Recorded()
+        assert_same(second, load_model("hf:org/tiny", home=home, client=client, progress=progress, refresh=True))
+        assert progress.work == []
+    # The hub is gone: what was packed and what was fetched still serve.
+    assert_same(second, load_model("hf:org/tiny", home=home, client=client))
+    second.path.unlink()
+    assert_same(second, load_model("hf:org/tiny", home=home, client=client))
+
+
+def test_an_alias_and_its_spelling_share_a_packed_file(home: Path) -> None:
+    by_name, spelled = parse(DEFAULT_MODEL), parse(parse(DEFAULT_MODEL).origin)
+    assert packed_path(by_name, home, None) == packed_path(spelled, home, None)
+    assert packed_path(by_name, home, None) != packed_path(by_name, home, "int8")
+    assert lock_path(by_name, home) == lock_path(spelled, home)
