@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.pre_tokenizers import ByteLevel
 
+from tests import k_quants
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB = 307
 """Three special tokens, 256 bytes, 48 merges; a multiple of no vector width."""
@@ -90,13 +92,22 @@ class TinyLlama:
                 _add(writer, key, value)
         for name, values in self.tensors.items():
             kind = gguf.GGMLQuantizationType[self.types[name]]
-            stored = values if kind == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(values, kind)
-            writer.add_tensor(name, stored, raw_dtype=kind)
+            writer.add_tensor(name, stored_as(values, self.types[name]), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+def stored_as(values: NDArray[np.float32], kind: str) -> NDArray[np.float32] | NDArray[np.uint8]:
+    """Values as a GGUF file stores them: float32 as they are, rows of raw bytes for any other type."""
+    if kind == "F32":
+        return values
+    if kind in ("Q4_K", "Q5_K", "Q6_K"):
+        return k_quants.quantize(values, kind)
+    raw: NDArray[np.uint8] = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]).view(np.uint8)
+    return raw
 
 
 def write_tiny_llama(

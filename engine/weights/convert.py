@@ -14,16 +14,19 @@ from engine.errors import ConfigError, FormatError, UnsupportedModelError
 from engine.kernels.layout import GROUP, STRIP, Correction, MatrixFormat, pack_bf16, pack_matrix, to_bf16
 from engine.models.recipe import Part, Recipe
 from engine.models.spec import ModelInfo
-from engine.weights.checkpoint import Checkpoint, StoredTensor, need_finite, read_vector
+from engine.weights.checkpoint import Checkpoint, StoredTensor, read_vector
 from engine.weights.pack import TensorWriter
-from engine.weights.quantize import FLOAT_TARGETS, quantize
+from engine.weights.quantize import FLOAT_TARGETS, MAX_QUANTIZED, quantize
 from engine.weights.tensor_types import FLOAT_TYPES, QUANTIZED_TYPES, Quantized
 
-CHUNK_VALUES = 2 << 20
-"""Weights converted at a time; a chunk is whole strips, and at least one."""
+CHUNK_VALUES = 1 << 20
+"""Weights converted at a time, which takes about 30 bytes of memory each; a chunk is whole strips, and at least one."""
 
 _VOCABULARY = frozenset({"embed", "head"})
 """Tensors that "int4" leaves at 8 bits: every token passes through them, and their rows decide near ties."""
+
+MAX_BF16 = (2 - 2**-7) * 2.0**127
+"""The largest finite bfloat16."""
 
 
 def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple[ModelInfo, list[TensorWriter]]:
@@ -119,14 +122,13 @@ def _format(recipe: Recipe, types: list[str], quantization: str | None) -> Matri
     all_float = all(name in FLOAT_TYPES for name in types)
     if all_float and quantization in (None, "none"):
         return MatrixFormat(n, k, 16, Correction.NONE)
-    float_bits = 4 if quantization == "int4" and recipe.name not in _VOCABULARY else 8
-    parts = [
-        (float_bits, FLOAT_TARGETS[float_bits])
-        if name in FLOAT_TYPES
-        else (QUANTIZED_TYPES[name].bits, QUANTIZED_TYPES[name].correction)
-        for name in types
-    ]
-    return MatrixFormat(n, k, max(bits for bits, _ in parts), max(correction for _, correction in parts))
+    stored = [QUANTIZED_TYPES[name] for name in types if name in QUANTIZED_TYPES]
+    corrections = [kind.correction for kind in stored]
+    bits = max((kind.bits for kind in stored), default=4)
+    if len(stored) < len(types):
+        bits = max(bits, 4 if quantization == "int4" and recipe.name not in _VOCABULARY else 8)
+        corrections.append(FLOAT_TARGETS[bits])
+    return MatrixFormat(n, k, bits, max(corrections))
 
 
 def _vector(checkpoint: Checkpoint, name: str) -> Iterator[NDArray[np.generic]]:
@@ -170,17 +172,18 @@ class _Chunk:
         decode_float = FLOAT_TYPES.get(tensor.type_name)
         if decode_float is None:
             quantized = QUANTIZED_TYPES[tensor.type_name].decode(raw)
-            need_finite(checkpoint, tensor.name, quantized.scales, quantized.mins)
+            for array in (quantized.scales, quantized.mins):
+                if array is not None and not np.isfinite(array).all():
+                    raise FormatError(
+                        f"tensor {tensor.name} holds a scale that is not finite in float16", path=checkpoint.path
+                    )
         else:
             values = decode_float(raw)
-            need_finite(checkpoint, tensor.name, values)
+            _need_range(checkpoint, tensor, values, MAX_QUANTIZED if self._fmt.is_quantized else MAX_BF16)
             if not self._fmt.is_quantized:
-                bits = to_bf16(values)
-                if (bits & 0x7FFF == 0x7F80).any():
-                    raise FormatError(f"tensor {tensor.name} holds a value beyond bfloat16", path=checkpoint.path)
-                self._values[at] = bits[local]
+                self._values[at] = to_bf16(values)[local]
                 return
-            quantized = quantize(values, 4 if self._fmt.bits == 4 else 8)
+            quantized = quantize(values, self._fmt.bits)
         promoted = promote(quantized, self._fmt, tensor.name)
         self._values[at], self._scales[at] = promoted.quants[local], promoted.scales[local]
         if self._mins is not None:
@@ -191,6 +194,17 @@ class _Chunk:
         if not self._fmt.is_quantized:
             return pack_bf16(self._values.astype(np.uint16, copy=False))[1]
         return pack_matrix(self._values.astype(np.uint8, copy=False), self._scales, self._mins, bits=self._fmt.bits)[1]
+
+
+def _need_range(checkpoint: Checkpoint, tensor: StoredTensor, values: NDArray[np.float32], limit: float) -> None:
+    """Refuse what would become infinite, or the limit, in its layout. A NaN is the minimum wherever it stands."""
+    low, high = float(values.min()), float(values.max())
+    if not (-limit <= low and high <= limit):
+        found = high if -limit <= low else low
+        raise FormatError(
+            f"tensor {tensor.name}: expected finite values of at most {limit:.5g}, found {found:.5g}",
+            path=checkpoint.path,
+        )
 
 
 def promote(matrix: Quantized, fmt: MatrixFormat, name: str) -> Quantized:

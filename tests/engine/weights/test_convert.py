@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import tracemalloc
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
@@ -8,22 +11,26 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.errors import FormatError, ModelError, UnsupportedModelError
-from engine.kernels.layout import Correction, MatrixFormat, dequantize
+from engine.errors import ConfigError, FormatError, ModelError, UnsupportedModelError
+from engine.kernels.layout import Correction, MatrixFormat, dequantize, pack_matrix
 from engine.models.spec import ModelInfo
 from engine.weights import convert as convert_module
 from engine.weights.checkpoint import open_checkpoint
 from engine.weights.convert import convert, promote
-from engine.weights.tensor_types import Quantized
+from engine.weights.quantize import quantize
+from engine.weights.tensor_types import FLOAT_TYPES, QUANTIZED_TYPES, Quantized
 from tests.tiny_gguf import TinyLlama
 
-Weights = dict[str, NDArray[np.float32]]
+Floats = NDArray[np.float32]
+Weights = dict[str, Floats]
+Formats = dict[str, MatrixFormat | None]
+BF16 = gguf.GGMLQuantizationType.BF16
 
 
-def converted(path: Path) -> tuple[ModelInfo, dict[str, MatrixFormat | None], Weights]:
+def converted(path: Path, quantization: str | None = None) -> tuple[ModelInfo, Formats, Weights]:
     """Everything that a checkpoint becomes: its info, the tensors' formats, the weights that they stand for."""
     with open_checkpoint(path) as file:
-        info, tensors = convert(file)
+        info, tensors = convert(file, quantization=quantization)
         formats, weights = {}, {}
         for tensor in tensors:
             chunks = list(tensor.chunks())
@@ -36,14 +43,43 @@ def converted(path: Path) -> tuple[ModelInfo, dict[str, MatrixFormat | None], We
     return info, formats, weights
 
 
-def expected_weights(path: Path, info: ModelInfo) -> Weights:
-    """The same from the gguf library's own reader and dequantization, with loops for the order of rows."""
-    stored = {
+def stored_weights(path: Path) -> Weights:
+    """Each tensor of the checkpoint, by the gguf library's own reader and dequantization."""
+    return {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors
     }
+
+
+def carried_weights(path: Path, float_bits: Callable[[str], int] = lambda name: 16) -> Weights:
+    """What must be left of each tensor of the checkpoint: the library's values for vectors and the types that are
+    exact, the library's own rounding to bfloat16 of float matrices (or their quantization to `float_bits` of the
+    tensor's name), the decoder's rounding of K-quants (whose bounds have tests of their own)."""
+    made = stored_weights(path)
+    for tensor in gguf.GGUFReader(path).tensors:
+        kind, values = tensor.tensor_type.name, made[tensor.name]
+        if values.ndim == 1:
+            continue
+        if kind.endswith("_K"):
+            made[tensor.name] = quants_of(QUANTIZED_TYPES[kind].decode(tensor.data))
+        elif kind in FLOAT_TYPES:
+            bits = float_bits(tensor.name)
+            made[tensor.name] = (
+                gguf.quants.dequantize(gguf.quants.quantize(values, BF16), BF16)
+                if bits == 16
+                else quants_of(quantize(values, bits))
+            )
+    return made
+
+
+def quants_of(matrix: Quantized) -> Floats:
+    return dequantize(*pack_matrix(matrix.quants, matrix.scales, matrix.mins, bits=matrix.bits))
+
+
+def put_together(stored: Weights, info: ModelInfo) -> Weights:
+    """Our tensors from the checkpoint's, with loops for the order of rows."""
     spec = info.spec
 
-    def half_split(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    def half_split(rows: Floats, heads: int) -> Floats:
         per_head = rows.reshape(heads, spec.head_dim, -1)
         return np.concatenate((per_head[:, 0::2], per_head[:, 1::2]), axis=1).reshape(rows.shape)
 
@@ -61,13 +97,23 @@ def expected_weights(path: Path, info: ModelInfo) -> Weights:
     return made
 
 
-def assert_exact(path: Path) -> dict[str, MatrixFormat | None]:
-    info, formats, weights = converted(path)
-    expected = expected_weights(path, info)
+def assert_carried(
+    path: Path, quantization: str | None = None, float_bits: Callable[[str], int] = lambda name: 16
+) -> tuple[ModelInfo, Formats]:
+    """Every weight is the checkpoint's: exactly, after the one rounding that its type has."""
+    info, formats, weights = converted(path, quantization)
+    expected = put_together(carried_weights(path, float_bits), info)
     assert weights.keys() == expected.keys() == info.spec.tensor_shapes().keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(weights[name], values, err_msg=name)
-    return formats
+    for name, values in put_together(stored_weights(path), info).items():
+        assert np.linalg.norm(weights[name] - values) <= 0.08 * np.linalg.norm(values), name
+    return info, formats
+
+
+def kinds_of(formats: Formats) -> set[tuple[int, Correction]]:
+    """Bits and correction of all matrices."""
+    return {(fmt.bits, fmt.correction) for fmt in formats.values() if fmt is not None}
 
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -77,29 +123,123 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden": 576, "layers": 1, "heads": 9, "kv_heads": 3, "head_dim": 64, "ffn": 160, "vocab": 261
     },
 }  # fmt: skip
+WIDE_SHAPES: dict[str, dict[str, int]] = {
+    "hidden 256": {"hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 32, "ffn": 512, "vocab": 277},
+    "hidden 512, one KV head": {
+        "hidden": 512, "layers": 1, "heads": 4, "kv_heads": 1, "head_dim": 64, "ffn": 256, "vocab": 307
+    },
+    "hidden 768, heads of 48": {
+        "hidden": 768, "layers": 1, "heads": 16, "kv_heads": 16, "head_dim": 48, "ffn": 256, "vocab": 261
+    },
+}  # fmt: skip
+FORMATS = {
+    "F32": (16, Correction.NONE),
+    "F16": (16, Correction.NONE),
+    "BF16": (16, Correction.NONE),
+    "Q4_0": (4, Correction.ZERO_POINT),
+    "Q4_1": (4, Correction.MIN),
+    "Q5_0": (8, Correction.ZERO_POINT),
+    "Q5_1": (8, Correction.MIN),
+    "Q8_0": (8, Correction.ZERO_POINT),
+    "Q4_K": (4, Correction.MIN),
+    "Q5_K": (8, Correction.MIN),
+    "Q6_K": (8, Correction.ZERO_POINT),
+}
+assert FORMATS.keys() == FLOAT_TYPES.keys() | QUANTIZED_TYPES.keys()
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q8_0"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_weight_is_exactly_the_checkpoint_s(tmp_path: Path, shape: str, quant: str) -> None:
-    shapes = SHAPES[shape]
+@pytest.mark.parametrize(
+    ("quant", "shape"),
+    [(quant, shape) for quant in FORMATS for shape in (WIDE_SHAPES if quant.endswith("_K") else SHAPES)],
+)
+def test_every_weight_is_the_checkpoint_s(tmp_path: Path, quant: str, shape: str) -> None:
+    shapes = (SHAPES | WIDE_SHAPES)[shape]
     model = TinyLlama(**shapes, quant=quant, tie=not shapes)
-    formats = assert_exact(model.write(tmp_path / "m.gguf"))
-    bits, correction = {"Q4_0": (4, 0), "Q4_1": (4, 1), "Q8_0": (8, 0)}[quant]
-    assert {(fmt.bits, fmt.correction) for fmt in formats.values() if fmt is not None} == {(bits, correction)}
+    info, formats = assert_carried(model.write(tmp_path / "m.gguf"))
+    assert kinds_of(formats) == {FORMATS[quant]}
+    assert info.checkpoint_format == f"{quant} GGUF"
 
 
-def test_small_chunks_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = TinyLlama(heads=6, kv_heads=3, head_dim=48, ffn=352).write(tmp_path / "m.gguf")
-    monkeypatch.setattr(convert_module, "CHUNK_VALUES", 1)  # one strip of 64 rows at a time, across heads and parts
-    assert_exact(path)
+def test_bfloat16_values_are_exact_in_every_float_type(tmp_path: Path) -> None:
+    """What float16 and float32 files hold of a bfloat16 model is what comes out."""
+    for kind in ("F32", "F16", "BF16"):
+        model = TinyLlama(quant=kind)
+        for name, values in model.tensors.items():
+            model.tensors[name] = gguf.quants.dequantize(gguf.quants.quantize(values.astype(np.float16), BF16), BF16)
+            model.tensors[name][np.abs(model.tensors[name]) < 2.0**-14] = 0  # finer there than float16
+        path = model.write(tmp_path / f"{kind}.gguf")
+        info, _, weights = converted(path)
+        for name, values in put_together(model.tensors, info).items():
+            np.testing.assert_array_equal(weights[name], values, err_msg=f"{kind} {name}")
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16"])
-def test_half_precision_norms(tmp_path: Path, kind: str) -> None:
-    model = TinyLlama()
-    model.types |= {name: kind for name in model.types if name.endswith("norm.weight")}
-    assert_exact(model.write(tmp_path / "m.gguf"))
+MIXES: dict[str, tuple[str, dict[str, str], dict[str, tuple[int, Correction]]]] = {
+    # As llama.cpp mixes types: what most tensors are, the exceptions, and what some of ours must become.
+    "Q4_K_M": (
+        "Q4_K",
+        {"token_embd": "Q6_K", "blk.0.attn_v": "Q6_K", "blk.0.ffn_down": "Q6_K"},
+        {
+            "embed": (8, Correction.ZERO_POINT),
+            "layers.0.qkv": (8, Correction.MIN),
+            "layers.0.down": (8, Correction.ZERO_POINT),
+            "layers.1.qkv": (4, Correction.MIN),
+            "layers.1.down": (4, Correction.MIN),
+        },
+    ),
+    "Q5_K_M": (
+        "Q5_K",
+        {"token_embd": "Q6_K", "blk.1.attn_v": "Q6_K", "blk.1.ffn_down": "Q6_K"},
+        {"layers.0.qkv": (8, Correction.MIN), "layers.1.qkv": (8, Correction.MIN)},
+    ),
+    "Q4_K_M where rows are no multiple of 256": (
+        "Q5_0",
+        {"token_embd": "Q8_0", "attn_v": "Q8_0", "blk.1.attn_k": "Q5_1"},
+        {"layers.0.qkv": (8, Correction.ZERO_POINT), "layers.1.qkv": (8, Correction.MIN)},
+    ),
+    "Q8_0 embedding over Q4_0": (
+        "Q4_0",
+        {"token_embd": "Q8_0"},
+        {"embed": (8, Correction.ZERO_POINT), "layers.0.qkv": (4, Correction.ZERO_POINT)},
+    ),
+    "Q4_0 with some Q4_1 and a Q6_K embedding": (
+        "Q4_0",
+        {"token_embd": "Q6_K", "ffn_down": "Q4_1", "blk.0.attn_v": "Q4_1"},
+        {
+            "embed": (8, Correction.ZERO_POINT),
+            "layers.0.qkv": (4, Correction.MIN),
+            "layers.1.qkv": (4, Correction.ZERO_POINT),
+        },
+    ),
+    "F16 embedding over Q4_K": (
+        "Q4_K", {"token_embd": "F16"}, {"embed": (16, Correction.NONE), "layers.0.qkv": (4, Correction.MIN)}
+    ),
+    "float types side by side": (
+        "F16", {"attn_k": "BF16", "ffn_up": "F32"},
+        {"layers.0.qkv": (16, Correction.NONE), "layers.1.gate_up": (16, Correction.NONE)},
+    ),
+}  # fmt: skip
+
+
+def mixed(quant: str, changes: Mapping[str, str], **shapes: int) -> TinyLlama:
+    """A checkpoint of `quant`, with other types for the matrices whose name contains a key of `changes`."""
+    model = TinyLlama(**shapes, quant=quant, tie=True)
+    for name in model.types:
+        if name.endswith("norm.weight"):
+            continue
+        for part, kind in changes.items():
+            if part in name:
+                model.types[name] = kind
+    return model
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_types_are_mixed_as_real_files_mix_them(tmp_path: Path, mix: str) -> None:
+    quant, changes, wanted = MIXES[mix]
+    _, formats = assert_carried(mixed(quant, changes, **WIDE_SHAPES["hidden 256"]).write(tmp_path / "m.gguf"))
+    for name, expected in wanted.items():
+        fmt = formats[name]
+        assert fmt is not None
+        assert (fmt.bits, fmt.correction) == expected, name
 
 
 @pytest.mark.parametrize(
@@ -110,18 +250,133 @@ def test_half_precision_norms(tmp_path: Path, kind: str) -> None:
         ("Q4_1", "Q4_0", 4, Correction.MIN),
         ("Q8_0", "Q4_1", 8, Correction.MIN),
         ("Q8_0", "Q4_0", 8, Correction.ZERO_POINT),
+        ("Q5_0", "Q4_0", 8, Correction.ZERO_POINT),
+        ("Q5_1", "Q5_0", 8, Correction.MIN),
+        ("Q4_1", "Q5_0", 8, Correction.MIN),
     ],
 )
 def test_merged_parts_of_different_types_keep_every_weight(
     tmp_path: Path, q: str, v: str, bits: int, correction: Correction
 ) -> None:
+    _, formats = assert_carried(mixed(q, {"attn_v": v}).write(tmp_path / "m.gguf"))
+    assert formats["layers.1.qkv"] == MatrixFormat(128, 64, bits, correction)
+
+
+@pytest.mark.parametrize(
+    ("q", "v", "quantization", "bits", "correction"),
+    [
+        ("F32", "Q4_1", None, 8, Correction.MIN),
+        ("F16", "Q8_0", None, 8, Correction.ZERO_POINT),
+        ("F16", "Q4_0", None, 8, Correction.ZERO_POINT),
+        ("BF16", "Q4_0", "int8", 8, Correction.ZERO_POINT),
+        ("BF16", "Q4_0", "int4", 4, Correction.MIN),
+        ("BF16", "Q4_1", "int4", 4, Correction.MIN),
+        ("F32", "Q8_0", "int4", 8, Correction.ZERO_POINT),
+    ],
+)
+def test_float_parts_merged_with_quantized_ones(
+    tmp_path: Path, q: str, v: str, quantization: str | None, bits: int, correction: Correction
+) -> None:
+    """The quantized part keeps its weights, the float part gets the quants of the format that holds both."""
+    path = mixed(v, {"attn_q": q, "attn_k": q}).write(tmp_path / "m.gguf")
+    _, formats = assert_carried(path, quantization, lambda name: bits)
+    assert formats["layers.1.qkv"] == MatrixFormat(128, 64, bits, correction)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_float_weights_are_quantized_on_request(tmp_path: Path, kind: str, tie: bool) -> None:
+    path = TinyLlama(quant=kind, hidden=96, heads=3, kv_heads=1, head_dim=32, tie=tie).write(tmp_path / "m.gguf")
+    _, formats = assert_carried(path, "none")
+    assert kinds_of(formats) == {(16, Correction.NONE)}
+    _, formats = assert_carried(path, "int8", lambda name: 8)
+    assert kinds_of(formats) == {(8, Correction.ZERO_POINT)}
+    vocabulary = {"token_embd.weight", "output.weight"}
+    _, formats = assert_carried(path, "int4", lambda name: 8 if name in vocabulary else 4)
+    for name, fmt in formats.items():
+        if fmt is not None:
+            bits = 8 if name in ("embed", "head") else 4
+            assert (fmt.bits, fmt.correction) == (bits, Correction.ZERO_POINT if bits == 8 else Correction.MIN), name
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_only_what_is_float_is_quantized(tmp_path: Path, quantization: str) -> None:
+    path = mixed("Q4_0", {"token_embd": "F16"}).write(tmp_path / "m.gguf")
+    _, formats = assert_carried(path, quantization, lambda name: 8)
+    assert formats["embed"] == MatrixFormat(307, 64, 8, Correction.ZERO_POINT)
+    assert formats["layers.0.o"] == MatrixFormat(64, 64, 4, Correction.ZERO_POINT)
+
+
+@pytest.mark.parametrize(
+    ("quant", "changes", "quantization", "message"),
+    [
+        ("Q4_1", {}, "none", r"quantization none needs float weights, .*m.gguf stores Q4_1: leave it out"),
+        ("Q4_0", {"token_embd": "F16"}, "none", r"quantization none needs float weights, .*m.gguf stores Q4_0: leave"),
+        ("Q8_0", {}, "int8", r"quantization int8 needs float weights, .*m.gguf already stores Q8_0: leave it out"),
+        ("Q4_0", {"attn_v": "Q8_0"}, "int4", r"quantization int4 .* already stores Q4_0, Q8_0: leave it out"),
+        ("F16", {}, "fp8", r"quantization must be one of none, int8, int4, got 'fp8'"),
+        ("F16", {}, "", r"quantization must be one of none, int8, int4, got ''"),
+    ],
+)
+def test_a_quantization_that_does_not_go_with_the_checkpoint(
+    tmp_path: Path, quant: str, changes: dict[str, str], quantization: str, message: str
+) -> None:
+    path = mixed(quant, changes).write(tmp_path / "m.gguf")
+    with pytest.raises(ConfigError, match=message):
+        converted(path, quantization)
+
+
+@pytest.mark.parametrize(
+    ("quant", "quantization"),
+    [("Q4_1", None), ("Q4_K", None), ("Q6_K", None), ("F16", "none"), ("BF16", "int8"), ("F32", "int4")],
+)
+def test_small_chunks_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str, quantization: str | None
+) -> None:
+    wide = {"hidden": 256, "heads": 16} if quant.endswith("_K") else {"heads": 6, "kv_heads": 3}
+    path = TinyLlama(**wide, head_dim=48, ffn=512, quant=quant, tie=True).write(tmp_path / "m.gguf")
+
+    def packed() -> dict[str, bytes]:
+        with open_checkpoint(path) as file:
+            _, tensors = convert(file, quantization=quantization)
+            return {tensor.name: b"".join(chunk.tobytes() for chunk in tensor.chunks()) for tensor in tensors}
+
+    whole = packed()
+    monkeypatch.setattr(convert_module, "CHUNK_VALUES", 1)  # one strip of 64 rows at a time, across heads and parts
+    assert packed() == whole
+
+
+@pytest.mark.parametrize(
+    ("quant", "quantization"),
+    [("F32", "none"), ("F32", "int8"), ("F32", "int4"), ("F16", "none"), ("Q4_1", None), ("Q6_K", None)],
+)
+def test_memory_is_that_of_a_chunk_and_not_of_a_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str, quantization: str | None
+) -> None:
+    """The largest tensor has 128 times the weights of a chunk, and the peak is half a byte for each of them."""
+    num_chunks, chunk_values = 128, 64 * 256
+    monkeypatch.setattr(convert_module, "CHUNK_VALUES", chunk_values)
+    model = TinyLlama(hidden=256, heads=8, head_dim=32, ffn=256, layers=1, vocab=64 * num_chunks, quant=quant)
+    path = model.write(tmp_path / "m.gguf")
+    del model
+    with open_checkpoint(path) as file:
+        _, tensors = convert(file, quantization=quantization)
+        assert tensors[0].name == "embed"
+        tracemalloc.start()
+        try:
+            for tensor in tensors:
+                deque(tensor.chunks(), maxlen=0)  # each chunk is let go of before the next
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < num_chunks * chunk_values / 2, f"{peak / chunk_values:.1f} bytes per weight of a chunk"
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_half_precision_norms(tmp_path: Path, kind: str) -> None:
     model = TinyLlama()
-    for i in range(2):
-        model.types |= {f"blk.{i}.attn_{part}.weight": kind for part, kind in (("q", q), ("k", q), ("v", v))}
-    formats = assert_exact(model.write(tmp_path / "m.gguf"))
-    qkv = formats["layers.1.qkv"]
-    assert qkv is not None
-    assert (qkv.bits, qkv.correction) == (bits, correction)
+    model.types |= {name: kind for name in model.types if name.endswith("norm.weight")}
+    assert_carried(model.write(tmp_path / "m.gguf"))
 
 
 def test_a_zero_point_without_an_exact_min_is_refused() -> None:
@@ -193,7 +448,7 @@ def poison(tensor: str) -> Callable[[TinyLlama], None]:
         (
             retype("blk.1.ffn_down.weight", "MXFP4"),
             UnsupportedModelError,
-            r"tensor blk.1.ffn_down.weight: type MXFP4 is not supported for matrices \(only F32, .*, Q8_0 are\)",
+            r"tensor blk.1.ffn_down.weight: type MXFP4 is not supported for matrices \(only F32, .*, Q6_K are\)",
         ),
         (
             retype("output_norm.weight", "Q8_0"),
@@ -207,7 +462,11 @@ def poison(tensor: str) -> Callable[[TinyLlama], None]:
         ),
         (metadata("general.architecture", "mamba"), UnsupportedModelError, "must be one of llama, .* has 'mamba'"),
         (metadata("split.count", 4), UnsupportedModelError, r"split over several files .* \(split.count 4\)"),
-        (poison("blk.0.ffn_gate.weight"), FormatError, "tensor blk.0.ffn_gate.weight holds a value that is not finite"),
+        (
+            poison("blk.0.ffn_gate.weight"),
+            FormatError,
+            "tensor blk.0.ffn_gate.weight holds a scale that is not finite in float16",
+        ),
         (poison("output_norm.weight"), FormatError, "tensor output_norm.weight holds a value that is not finite"),
     ],
 )
@@ -228,3 +487,35 @@ def test_a_vocabulary_of_another_size_than_the_embedding(tmp_path: Path) -> None
     model.metadata |= {key: value for key, value in other.metadata.items() if key.startswith("tokenizer.")}
     with pytest.raises(FormatError, match=r"the tokenizer has 320 tokens, the embedding 307 rows"):
         converted(model.write(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_float_weights_that_cannot_be_packed(tmp_path: Path, value: float, quantization: str) -> None:
+    model = TinyLlama(quant="F32")
+    model.tensors["blk.1.ffn_down.weight"][7, 90] = value
+    path = model.write(tmp_path / "m.gguf")
+    limit = "3.3895e+38" if quantization == "none" else "65504"
+    message = f"tensor blk.1.ffn_down.weight: expected finite values of at most {limit}, found {value:.5g}"
+    with pytest.raises(FormatError, match=re.escape(message)):
+        converted(path, quantization)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("Q4_K", 6e6), ("Q6_K", 2e8)])
+def test_k_quants_whose_scales_overflow_float16(tmp_path: Path, kind: str, factor: float) -> None:
+    model = TinyLlama(quant=kind, hidden=256, heads=8, head_dim=32, ffn=256)
+    model.tensors["blk.0.attn_v.weight"] *= np.float32(factor)
+    with pytest.raises(FormatError, match=r"tensor blk.0.attn_v.weight holds a scale that is not finite in float16"):
+        converted(model.write(tmp_path / "m.gguf"))
+
+
+def test_the_largest_weights_that_can_be_packed(tmp_path: Path) -> None:
+    model = TinyLlama(quant="F32")
+    model.tensors["blk.1.ffn_down.weight"][7, 90] = 65504.0
+    path = model.write(tmp_path / "m.gguf")
+    for quantization in ("int8", "int4"):
+        _, _, weights = converted(path, quantization)
+        assert weights["layers.1.down"][7, 90] == pytest.approx(65504, rel=2**-10)
+    model.tensors["blk.1.ffn_down.weight"][7, 90] = convert_module.MAX_BF16
+    _, _, weights = converted(model.write(path), "none")
+    assert weights["layers.1.down"][7, 90] == np.float32(convert_module.MAX_BF16)
