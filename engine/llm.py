@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
@@ -30,6 +32,9 @@ Prompt: TypeAlias = "str | Sequence[int]"
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 Sampling: TypeAlias = "SamplingParams | Sequence[SamplingParams]"
 
+REFRESH_SECONDS = 0.1
+"""Between two looks at a progress bar: counting a large batch takes longer than many a step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -43,13 +48,14 @@ class Completion:
 
 
 class LLM:
-    """A model in this process. Use it from one thread; close it, or use it as a context manager.
+    """A model in this process. Close it, or use it as a context manager.
 
     `model` is an alias or a source as `seraph serve` takes it; `config` are fields of EngineConfig. A prompt is text,
     which gets the model's BOS, or token ids, which are taken as they are. Raises ConfigError or ModelError for what
     cannot be loaded, RequestError for a prompt or parameter that cannot be used, EngineError if a kernel fails.
 
-    Ctrl-C stops a call after the step under way and leaves none of its requests behind; the LLM stays usable.
+    Ctrl-C stops a call after the step under way and leaves none of its requests behind; the LLM stays usable. Calls may
+    come from several threads: each computes the steps that it waits for, and a step is one for the requests of all.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, *, progress: bool = True, **config: Any) -> None:
@@ -59,10 +65,18 @@ class LLM:
                 self.config.model, home=self.config.home, progress=bars, **self.config.load_options()
             )
         self.name = self._model.name
-        self.text = ModelText.from_info(self._model.info)
-        self._core: EngineCore | None = EngineCore(self.config, self._model)
+        try:
+            self.text = ModelText.from_info(self._model.info)
+            self._core: EngineCore | None = EngineCore(self.config, self._model)
+        except BaseException:
+            self._model.close()
+            raise
         self._serial = itertools.count()
         self._live: dict[str, _Stream] = {}
+        # Reentrant: a stream that nobody holds any more may be collected, and aborted, while the engine is at work.
+        self._lock = threading.RLock()
+        self._at_work = False
+        self._dropped: list[_Stream] = []  # to be aborted when it is not
 
     def default_sampling(self) -> SamplingParams:
         """How a call without `sampling` samples: as the model's checkpoint or the catalogue says. The rest is unset."""
@@ -113,11 +127,12 @@ class LLM:
 
     def close(self) -> None:
         """Free the KV memory, the threads and the weights. Idempotent."""
-        core, self._core = self._core, None
-        if core is not None:
-            self._live.clear()
-            core.close()
-            self._model.close()
+        with _interrupts_deferred(), self._lock:
+            core, self._core = self._core, None
+            if core is not None:
+                self._live.clear()
+                core.close()
+                self._model.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -134,23 +149,26 @@ class LLM:
         self, prompts: list[list[int]], sampling: Sampling | None, seed: int, progress: bool
     ) -> list[Completion]:
         sampling = self.default_sampling() if sampling is None else sampling
-        streams = self._start(prompts, _one_for_each(sampling, len(prompts)), seed)
+        streams: list[_Stream] = []
         try:
-            with _Bar(len(streams)) if progress and streams else nullcontext() as bar:
-                num_tokens, waiting = 0, streams
+            self._start(streams, prompts, _one_for_each(sampling, len(prompts)), seed)
+            with _Bar(streams, self._open_core().max_model_len) if progress and streams else nullcontext() as bar:
+                waiting = streams
                 while waiting:
-                    num_tokens += self._step()
+                    self._step()
                     waiting = [stream for stream in waiting if stream.finish_reason is None]
                     if bar is not None:
-                        bar.update(len(streams) - len(waiting), num_tokens)
+                        bar.update(last=not waiting)
             return [stream.completion() for stream in streams]
         finally:
             self._abort(streams)
 
     def _pieces(self, prompt: list[int], sampling: SamplingParams, seed: int) -> Generator[str, None, None]:
         # Started in here, because a generator that nobody ever asks is closed without running its `finally`.
-        (stream,) = self._start([prompt], [sampling], seed)
+        streams: list[_Stream] = []
         try:
+            self._start(streams, [prompt], [sampling], seed)
+            (stream,) = streams
             while True:
                 while stream.finish_reason is None and not stream.pieces:
                     self._step()
@@ -163,48 +181,56 @@ class LLM:
                     stream.check()
                     return
         finally:
-            self._abort([stream])
-
-    def _start(self, prompts: list[list[int]], sampling: Sequence[SamplingParams], seed: int) -> list[_Stream]:
-        """Add a request for each prompt, all or none."""
-        core = self._open_core()
-        streams: list[_Stream] = []
-        try:
-            for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
-                request = Request(
-                    request_id=f"llm-{next(self._serial)}",
-                    model=self.name,
-                    prompt_token_ids=prompt,
-                    sampling=params,
-                    seed=(seed + index) % 2**64,
-                )
-                stream = _Stream(request, self.text.stream(_stop_strings(params), params.min_tokens))
-                streams.append(stream)
-                with _interrupts_deferred():
-                    core.add(request)
-                    self._live[request.request_id] = stream
-        except BaseException:
             self._abort(streams)
-            raise
-        return streams
 
-    def _step(self) -> int:
-        """One step for everybody; returns the number of tokens it brought."""
-        core, num_tokens = self._open_core(), 0
-        with _interrupts_deferred():
+    def _start(
+        self, streams: list[_Stream], prompts: list[list[int]], sampling: Sequence[SamplingParams], seed: int
+    ) -> None:
+        """Add a request for each prompt to the engine and to `streams`, which the caller aborts whatever happens."""
+        for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            request = Request(
+                request_id=f"llm-{next(self._serial)}",
+                model=self.name,
+                prompt_token_ids=prompt,
+                sampling=params,
+                seed=(seed + index) % 2**64,
+            )
+            stream = _Stream(request, self.text.stream(_stop_strings(params), params.min_tokens))
+            streams.append(stream)
+            with self._engine() as core:
+                core.add(request)
+                self._live[request.request_id] = stream
+
+    def _step(self) -> None:
+        """One step for everybody."""
+        with self._engine() as core:
             for delta in core.step():
                 stream = self._live[delta.request_id]
-                num_tokens += stream.receive(delta)
+                stream.receive(delta)
                 if stream.finish_reason is not None:
                     del self._live[delta.request_id]
                     core.abort(delta.request_id)  # a stop string: the engine would go on
-        return num_tokens
 
     def _abort(self, streams: list[_Stream]) -> None:
-        with _interrupts_deferred():
-            for stream in streams:
-                if self._live.pop(stream.request.request_id, None) is not None and self._core is not None:
-                    self._core.abort(stream.request.request_id)
+        with _interrupts_deferred(), self._lock:
+            self._dropped += streams
+            if not self._at_work and self._core is not None:
+                with self._engine():
+                    pass
+
+    @contextmanager
+    def _engine(self) -> Iterator[EngineCore]:
+        """The engine, for this thread alone and without interrupts; at the end it forgets what was dropped."""
+        with _interrupts_deferred(), self._lock:
+            core, self._at_work = self._open_core(), True
+            try:
+                yield core
+            finally:
+                while self._dropped:
+                    request_id = self._dropped.pop().request.request_id
+                    if self._live.pop(request_id, None) is not None:
+                        core.abort(request_id)
+                self._at_work = False
 
     def _open_core(self) -> EngineCore:
         if self._core is None:
@@ -224,21 +250,18 @@ class _Stream:
     num_cached_tokens: int = 0
     error: str | None = None
 
-    def receive(self, delta: TokenDelta) -> int:
-        """Take a delta; returns how many of its tokens count."""
+    def receive(self, delta: TokenDelta) -> None:
         self.num_cached_tokens, self.error = delta.num_cached_tokens, delta.error
-        before = len(self.token_ids)
         for token in delta.token_ids:
             self.token_ids.append(token)
             if delta.stop_token_id is None or token is not delta.token_ids[-1]:
                 self._gain(self.detokenizer.push(token))
                 if self.detokenizer.stopped:
                     self.finish_reason = FinishReason.STOP
-                    return len(self.token_ids) - before
+                    return
         if delta.finish_reason is not None:
             self._gain(self.detokenizer.flush())
             self.finish_reason = FinishReason.STOP if self.detokenizer.stopped else delta.finish_reason
-        return len(self.token_ids) - before
 
     def completion(self) -> Completion:
         """The whole. Raises EngineError if the engine failed the request."""
@@ -262,31 +285,61 @@ class _Stream:
 
 
 class _Bar:
-    """Requests done and tokens a second, on standard error."""
+    """How far a batch is, on standard error: prompts done, tokens, tokens a second, time to go at that rate.
 
-    def __init__(self, total: int) -> None:
+    How long an answer becomes nobody knows before its end: until then it counts with the most that it may have.
+    """
+
+    def __init__(
+        self, streams: Sequence[_Stream], max_model_len: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
+        self._streams, self._max_model_len, self._clock = streams, max_model_len, clock
+        self._started = self._shown = clock()
         self._bar: Progress = Progress(
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[tokens]} tokens"),
-            console=Console(stderr=True),
+            TextColumn("generating"), BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)
         )
-        self._task: TaskID = self._bar.add_task("", total=total, tokens=0)
+        self._task: TaskID = self._bar.add_task(f"0/{len(streams)}", total=None)
 
     def __enter__(self) -> _Bar:
-        self._bar.start()
+        with _interrupts_deferred():
+            self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.stop()
+        with _interrupts_deferred():
+            self._bar.stop()
 
-    def update(self, done: int, num_tokens: int) -> None:
-        self._bar.update(self._task, completed=done, tokens=num_tokens)
+    def update(self, *, last: bool) -> None:
+        """Show what has changed, where that was not done just now or this is the `last` time."""
+        now = self._clock()
+        if last or now - self._shown >= REFRESH_SECONDS:
+            self._shown = now
+            done, tokens, expected = self._count()
+            said = _describe(done, len(self._streams), tokens, expected, now - self._started)
+            self._bar.update(self._task, completed=tokens, total=expected, description=said)
+
+    def _count(self) -> tuple[int, int, int]:
+        """Streams that are done, tokens, and the tokens expected in the end."""
+        done = tokens = expected = 0
+        for stream in self._streams:
+            ended = stream.finish_reason is not None
+            done += ended
+            tokens += len(stream.token_ids)
+            room = self._max_model_len - len(stream.request.prompt_token_ids)
+            asked = stream.request.sampling.max_tokens
+            expected += len(stream.token_ids) if ended else room if asked is None else min(asked, room)
+        return done, tokens, expected
+
+
+def _describe(done: int, of: int, tokens: int, expected: int, seconds: float) -> str:
+    rate = tokens / seconds if seconds > 0 else 0.0
+    text = f"{done}/{of}, {tokens} tokens, {rate:,.0f} tokens/s"
+    if done == of:
+        return f"{text}, {timedelta(seconds=round(seconds))}"
+    return f"{text}, {timedelta(seconds=round((expected - tokens) / rate))} to go" if rate else text
 
 
 @contextmanager

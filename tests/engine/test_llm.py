@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import gc
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,8 @@ import engine
 from engine.core import EngineCore
 from engine.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from engine.kernels.batch import Int32, Program, StepBatch
-from engine.llm import LLM
-from engine.request import FinishReason, SamplingParams
+from engine.llm import LLM, REFRESH_SECONDS, _Bar, _describe, _Stream
+from engine.request import FinishReason, Request, SamplingParams, TokenDelta
 from tests.tiny_gguf import write_tiny_llama
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -228,11 +232,78 @@ def test_closed_it_says_so(home: Path) -> None:
 
 
 def test_the_bar_shows_requests_and_tokens(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = llm.stream("not of this batch", GREEDY)
+    next(stream)
     llm.generate(["a", "b"], GREEDY)
+    stream.close()
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "2/2" in shown.err
-    assert "24 tokens" in shown.err
+    assert re.search(r"2/2, 24 tokens, [\d,]+ tokens/s, 0:00:0\d", shown.err)
+
+
+def test_the_bar_counts_what_may_still_come(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    prompt = [5] * 12
+    asked = [SamplingParams(max_tokens=10), SamplingParams()]
+    streams = [_Stream(request(prompt, params), llm.text.stream()) for params in asked]
+    with _Bar(streams, 512, clock=lambda: now[0]) as bar:
+        for _ in range(4):
+            streams[0].receive(TokenDelta(request_id="a", position=0, token_ids=[5]))
+        now[0] += 2.0
+        bar.update(last=True)  # 4 tokens in 2 s; 6 and 500 may come
+        streams[1].receive(TokenDelta(request_id="b", position=0, finish_reason=FinishReason.STOP))
+        now[0] += REFRESH_SECONDS / 2
+        bar.update(last=False)  # too soon
+        now[0] += REFRESH_SECONDS
+        assert bar._count() == (1, 4, 10)  # the other one ended without a token
+    assert "0/2, 4 tokens, 2 tokens/s, 0:04:13 to go" in capsys.readouterr().err
+    assert _describe(0, 2, 0, 20, 0.0) == "0/2, 0 tokens, 0 tokens/s"
+
+
+def request(prompt: list[int], params: SamplingParams) -> Request:
+    return Request(request_id="r", model="m", prompt_token_ids=prompt, sampling=params, seed=0)
+
+
+def test_it_may_be_used_from_several_threads(llm: LLM) -> None:
+    prompts = [f"prompt {index}" for index in range(8)]
+    expected = [llm.generate(prompt, SAMPLED, seed=9, progress=False)[0].token_ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        whole = list(pool.map(lambda prompt: llm.generate(prompt, SAMPLED, seed=9, progress=False)[0], prompts))
+        streamed = list(pool.map(lambda prompt: "".join(llm.stream(prompt, SAMPLED, seed=9)), prompts))
+    assert [one.token_ids for one in whole] == expected
+    assert streamed == [one.text for one in whole]
+
+
+def test_closing_ends_what_other_threads_wait_for(home: Path) -> None:
+    llm = LLM(str(home / "tiny.gguf"), home=home, kv_cache_tokens=4096, threads=1, progress=False)
+    endless = SamplingParams(ignore_eos=True)
+    begun = threading.Event()
+    hook(llm, begun.set)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(llm.generate, ["a"] * 64, endless, progress=False)
+        assert begun.wait(10)
+        llm.close()
+        with pytest.raises(EngineError, match="closed"):
+            call.result(10)
+    assert not llm._live
+
+
+def test_a_stream_that_is_collected_in_the_middle_of_a_step_is_aborted_after_it(llm: LLM) -> None:
+    class Owner:
+        def __init__(self, stream: Any) -> None:
+            self.me, self.stream = self, stream  # a cycle: only the collector frees it
+
+    def collect() -> None:
+        gc.collect()
+
+    (expected,) = llm.generate("The sea", GREEDY, progress=False)
+    owner = Owner(llm.stream("one", SamplingParams(ignore_eos=True)))
+    next(owner.stream)
+    del owner
+    hook(llm, collect)
+    (same,) = llm.generate("The sea", GREEDY, progress=False)
+    assert same.token_ids == expected.token_ids
+    assert not core_of(llm).has_work
 
 
 def test_configuration_is_checked_before_anything_is_loaded(home: Path) -> None:
