@@ -20,7 +20,7 @@ from engine.errors import FormatError, RequestError
 from engine.models.spec import ModelInfo
 from engine.text.chat_template import RenderedPrompt
 from engine.text.pieces import Pieces, token_pieces
-from engine.weights.hf_tokenizer import read_tokenizer_folder
+from engine.weights.hf_tokenizer import MAX_VOCAB_SIZE, parse_tokenizer, read_tokenizer_folder
 
 
 class Tokenizer:
@@ -48,6 +48,8 @@ class Tokenizer:
         self._tokenizer = _load(tokenizer_json)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         num_tokens = 1 + max(vocab.values(), default=-1)
+        if num_tokens > MAX_VOCAB_SIZE:
+            raise FormatError(f"tokenizer: token ids must be below {MAX_VOCAB_SIZE}, found {num_tokens - 1}")
         self.vocab_size = num_tokens if vocab_size is None else vocab_size
         if num_tokens > self.vocab_size:
             raise FormatError(f"tokenizer: it has {num_tokens} tokens, the model's vocabulary only {self.vocab_size}")
@@ -205,8 +207,8 @@ class Tokenizer:
 
 def _load(tokenizer_json: str) -> HFTokenizer:
     try:
-        tokenizer = HFTokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises bare Exception
+        tokenizer = parse_tokenizer(tokenizer_json)
+    except ValueError as error:
         raise FormatError(f"tokenizer: {error}") from None
     tokenizer.no_truncation()  # whatever a checkpoint's training script left in the file
     tokenizer.no_padding()

@@ -23,6 +23,9 @@ from engine.weights.sentencepiece import Vocabulary, build_tokenizer
 
 MAX_FILE_BYTES = 256 << 20
 """The largest tokenizer.json in the field is about 35 MB."""
+MAX_VOCAB_SIZE = 1 << 22
+"""Token ids are below it; the largest vocabulary in the field has about 260,000. Tables of a vocabulary's length are
+made from an id that a file names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,9 @@ def read_tokenizer_folder(folder: Path) -> TokenizerInfo:
     if found is None:
         raise FormatError("the file is missing, and there is no tokenizer.model", path=folder / "tokenizer.json")
     tokens = found.tokenizer.get_vocab(with_added_tokens=True)
+    largest = max(tokens.values(), default=-1)
+    if largest >= MAX_VOCAB_SIZE:
+        raise FormatError(f"token ids must be below {MAX_VOCAB_SIZE}, found {largest}", path=folder / "tokenizer.json")
     special = {
         token.content: token_id
         for token_id, token in found.tokenizer.get_added_tokens_decoder().items()
@@ -64,11 +70,11 @@ def read_tokenizer_folder(folder: Path) -> TokenizerInfo:
     bos = found.bos if bos is None else bos
     return TokenizerInfo(
         tokenizer_json=found.source,
-        vocab_size=1 + max(tokens.values(), default=-1),
+        vocab_size=1 + largest,
         chat_template=_chat_template(folder, tokenizer_config),
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-        add_bos=_adds_bos(found, tokenizer_config, bos),
+        add_bos=_adds_bos(found, tokenizer_config, bos, folder),
         special_token_ids=tuple(sorted(special.values())),
     )
 
@@ -79,9 +85,23 @@ def _tokenizer_json(folder: Path) -> _Found | None:
     if source is None:
         return None
     try:
-        return _Found(Tokenizer.from_str(source), source)
-    except Exception as error:  # the library raises bare Exception
+        return _Found(parse_tokenizer(source), source)
+    except ValueError as error:
         raise FormatError(str(error), path=path) from None
+
+
+def parse_tokenizer(source: str) -> Tokenizer:
+    """A serialized tokenizer. Raises ValueError where it is none.
+
+    The library raises bare Exceptions, and on some sources its Rust panics, which reaches Python as an exception that
+    is derived from BaseException and has no importable name.
+    """
+    try:
+        return Tokenizer.from_str(source)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(str(error)) from None
+        raise
 
 
 def _tokenizer_model(folder: Path, config: _Config) -> _Found | None:
@@ -144,17 +164,20 @@ def _with_added_tokens(vocabulary: Vocabulary, config: _Config, added: _Config) 
     )
 
 
-def _adds_bos(found: _Found, config: _Config, bos: int | None) -> bool:
+def _adds_bos(found: _Found, config: _Config, bos: int | None, folder: Path) -> bool:
     """The configuration's word, else what the tokenizer does: a post-processor with an empty text, a SentencePiece
     model (as in Hugging Face's Llama tokenizer) always."""
     named = config.values.get("add_bos_token")
-    if named is None:
-        if bos is None:
-            return False
-        return found.bos is not None or found.tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos]
-    if not isinstance(named, bool):
+    if named is not None and not isinstance(named, bool):
         raise FormatError(f"add_bos_token must be a bool, found {named!r}", path=config.path)
-    return named and bos is not None
+    if bos is None or named is not None:
+        return bool(named) and bos is not None
+    if found.bos is not None:
+        return True
+    try:
+        return found.tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos]
+    except Exception as error:  # the library raises bare Exception
+        raise FormatError(f"the tokenizer cannot encode: {error}", path=folder / "tokenizer.json") from None
 
 
 def _chat_template(folder: Path, config: _Config) -> str | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,9 @@ from engine.errors import FormatError, RequestError
 from engine.models.spec import ModelInfo
 from engine.text import ModelText
 from engine.weights import PackedModel
+from engine.weights.gguf_tokenizer import read_tokenizer
+from tests.engine.text.test_model_templates import LLAMA2
+from tests.engine.weights.vocabularies import gguf_metadata
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +58,28 @@ def test_a_model_without_a_template_holds_no_conversations(info: ModelInfo) -> N
         text.encode_chat([{"role": "user", "content": "Hi"}])
     assert caught.value.code == "no_chat_template"
     assert text.encode("Hi")
+
+
+@pytest.fixture(scope="module")
+def llama2(info: ModelInfo) -> ModelText:
+    """A model with a SentencePiece vocabulary, smaller than its embedding, and a template of that kind."""
+    found = read_tokenizer(gguf_metadata("llama"), Path("model.gguf"))
+    names = ("tokenizer_json", "bos_token_id", "eos_token_ids", "add_bos", "special_token_ids")
+    changes = {name: getattr(found, name) for name in names}
+    return ModelText.from_info(dataclasses.replace(info, chat_template=LLAMA2, **changes))
+
+
+def test_one_bos_whether_the_template_or_the_tokenizer_puts_it_there(llama2: ModelText) -> None:
+    assert llama2.encode_chat([{"role": "user", "content": "<s> Hi"}]).count(1) == 1
+    assert llama2.encode("<s> Hi").count(1) == 1
+    assert llama2.encode("Hi", add_special_tokens=False).count(1) == 0
+    assert llama2.encode("") == [1]
+
+
+def test_a_conversation_of_a_sentencepiece_model(llama2: ModelText) -> None:
+    ids = llama2.encode_chat([{"role": "user", "content": " Où est Zoë? 🧿 "}])
+    assert llama2.decode(ids) == " Où est Zoë? 🧿 "  # [INST] and [/INST] are control tokens of this vocabulary
+    answer = llama2.encode("the end🧿</s>", add_special_tokens=False)
+    stream = llama2.stream(stop=["</s>"])
+    assert "".join(map(stream.push, answer)) == " the end🧿"
+    assert llama2.decode(answer) == "the end🧿</s>"

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
-from engine.errors import FormatError, UnsupportedModelError
+from engine.errors import FormatError, ModelError, UnsupportedModelError
+from engine.text import Tokenizer as TextTokenizer
+from engine.weights.gguf_tokenizer import read_tokenizer
 from engine.weights.hf_tokenizer import read_tokenizer_folder
 from tests.engine.text.byte_tokenizers import NUM_PLAIN, byte_tokenizer
-from tests.engine.weights.vocabularies import NAMES, golden, model_path
+from tests.engine.weights.vocabularies import NAMES, gguf_metadata, golden, model_path
 from tests.golden.texts import SENTENCEPIECE_TEXTS, SPECIAL_TEXTS, TEXTS
 
 SPECIAL = ("<s>", "</s>", "<|im_end|>", "<pad>")
@@ -103,6 +110,61 @@ def test_damaged_files(tmp_path: Path, name: str, damage: bytes) -> None:
     with pytest.raises(FormatError) as caught:
         read_tokenizer_folder(tmp_path)
     assert caught.value.path == path
+
+
+def test_a_token_id_that_would_make_a_table_of_gigabytes(tmp_path: Path) -> None:
+    source = json.loads(byte_tokenizer(SPECIAL).to_str())
+    source["model"]["vocab"]["Ġhello"] = 2**32 - 2
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    with pytest.raises(FormatError, match="token ids must be below 4194304, found 4294967294") as caught:
+        read_tokenizer_folder(tmp_path)
+    assert caught.value.path == tmp_path / "tokenizer.json"
+    with pytest.raises(FormatError, match="token ids must be below 4194304, found 4294967294"):
+        TextTokenizer(json.dumps(source))
+
+
+def test_a_source_on_which_the_library_panics(tmp_path: Path) -> None:
+    source = json.loads(read_tokenizer(gguf_metadata("llama"), tmp_path).tokenizer_json)
+    source["model"]["continuing_subword_prefix"] = "\u2581\u2581\u2581"  # longer than what it is cut off from
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    with pytest.raises(FormatError) as caught:
+        read_tokenizer_folder(tmp_path)
+    assert caught.value.path == tmp_path / "tokenizer.json"
+
+
+@cache
+def sources() -> list[Any]:
+    """Serialized tokenizers of both kinds, and one with a post-processor."""
+    texts = [
+        with_bos_in_front().to_str(),
+        *(read_tokenizer(gguf_metadata(name), Path()).tokenizer_json for name in NAMES),
+    ]
+    return [json.loads(text) for text in texts]
+
+
+ODD_VALUES: tuple[Any, ...] = (None, 0, -1, 2**31, 2**64, 1.5, "", "a", "\u2581", True, [], {})
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_damaged_tokenizers_fail_cleanly_or_work(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A few values anywhere in a tokenizer.json are replaced or taken out."""
+    damaged = copy.deepcopy(data.draw(st.sampled_from(sources())))
+    for _ in range(data.draw(st.integers(1, 3))):
+        parent: Any = {"": damaged}
+        key: Any = ""
+        while isinstance(parent[key], dict | list) and parent[key] and (key == "" or data.draw(st.booleans())):
+            parent = parent[key]
+            key = data.draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+        if isinstance(parent, dict) and data.draw(st.booleans()):
+            del parent[key]
+        else:
+            parent[key] = data.draw(st.sampled_from(ODD_VALUES))
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "tokenizer.json").write_text(json.dumps(damaged))
+    with suppress(ModelError):
+        text = TextTokenizer.from_folder(folder)
+        text.decode(text.encode_text("a b \u2581 é<s>☠"))
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
