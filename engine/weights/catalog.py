@@ -24,6 +24,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     file_sha256: str
     wheel_bytes: int
     wheel_sha256: str
+    generation: dict[str, float] = {}  # as ModelInfo.generation_defaults, over what the checkpoint says itself
 
 
 @functools.cache

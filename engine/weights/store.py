@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from engine.config import QUANTIZATIONS, seraph_home
 from engine.errors import ConfigError, FormatError, SourceError
 from engine.weights import pack
+from engine.weights.catalog import catalog
 from engine.weights.files import lock, try_lock, writing
 from engine.weights.pack import PackedModel, open_packed, write_packed
 from engine.weights.progress import NoProgress, Progress
@@ -54,18 +56,36 @@ def load_model(
     parsed = parse(source)
     if isinstance(parsed, FileSource) and parsed.path.suffix == ".seraph":
         return _open_named(locate(parsed, root, progress).path, quantization)
-    target = packed_path(parsed, root, quantization)
-    if not refresh and (model := _open_current(target, _known_stamp(parsed, root))) is not None:
+    model = _packed(parsed, root, progress, quantization, refresh, client)
+    entry = next((entry for entry in catalog() if entry.name == source), None)
+    if entry is not None and entry.generation:
+        # Not packed with the model: what the catalogue says may change, and the file stays.
+        defaults = {**model.info.generation_defaults, **entry.generation}
+        model.info = dataclasses.replace(model.info, generation_defaults=defaults)
+    return model
+
+
+def _packed(
+    source: Source,
+    root: Path,
+    progress: Progress,
+    quantization: str | None,
+    refresh: bool,
+    client: HubClient | None,
+) -> PackedModel:
+    """The packed file of a source, mapped, after making it where there is none that is current."""
+    target = packed_path(source, root, quantization)
+    if not refresh and (model := _open_current(target, _known_stamp(source, root))) is not None:
         return model
-    with lock(lock_path(parsed, root), f"packing {parsed.name}"):
+    with lock(lock_path(source, root), f"packing {source.name}"):
         # Another process may have packed it while we waited.
-        if not refresh and (model := _open_current(target, _known_stamp(parsed, root))) is not None:
+        if not refresh and (model := _open_current(target, _known_stamp(source, root))) is not None:
             return model
         # Located under this lock, which a removal takes too: what was fetched stays until it is packed.
-        located = locate(parsed, root, progress, refresh=refresh, client=client)
+        located = locate(source, root, progress, refresh=refresh, client=client)
         if (model := _open_current(target, located.stamp)) is not None:
             return model
-        _pack(located, target, parsed, quantization, progress)
+        _pack(located, target, source, quantization, progress)
         return open_packed(target)
 
 
