@@ -59,7 +59,6 @@ class NativeProgram:
                 head_dim=spec.head_dim,
                 intermediate=spec.intermediate_size,
                 vocab=spec.vocab_size,
-                max_position=spec.max_position,
                 norm_eps=spec.norm_eps,
             ),
             vectors=[weights[name].data for name in vectors],

@@ -6,11 +6,13 @@ import random
 from collections.abc import Iterable
 
 import msgspec
+import numpy as np
 import pytest
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.kernels import available_isas
+from engine.kernels.layout import PackedTensor, dequantize, pack_bf16, to_bf16
 from engine.request import EngineStats, Request, SamplingParams
 from engine.weights import PackedModel, load_model
 from tests.tiny_gguf import write_tiny_llama
@@ -101,12 +103,21 @@ def assert_same(tokens: Tokens, alone: Tokens) -> None:
     assert not different, f"{len(different)} of {len(alone)} requests got other tokens than alone: {different}"
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+@pytest.fixture(scope="module", params=["4-bit", "bf16"])
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     home = tmp_path_factory.mktemp("home")
     path = home / "tiny.gguf"
     write_tiny_llama(path, hidden=96, layers=2, heads=6, kv_heads=2, ffn=160, context=1200, tie=False)
-    return load_model(str(path), home=home)
+    model = load_model(str(path), home=home)
+    if request.param == "bf16":
+        model.weights = {name: in_bf16(tensor) for name, tensor in model.weights.items()}
+    return model
+
+
+def in_bf16(tensor: PackedTensor) -> PackedTensor:
+    if tensor.format is None:
+        return tensor
+    return PackedTensor(*pack_bf16(to_bf16(dequantize(tensor.format, tensor.data.view(np.uint8)))))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@
 namespace seraph {
 
 struct DecoderShape {
-    int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_position;
+    int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
     float norm_eps;
 };
 
@@ -27,7 +27,7 @@ struct DecoderLayer {
 struct DecoderWeights {
     Matrix embed, head; // the same matrix where tied
     const float* final_norm;
-    const float *rope_cos, *rope_sin; // [max_position, head_dim / 2]
+    const float *rope_cos, *rope_sin; // [positions, head_dim / 2], as many as any step's positions
     std::vector<DecoderLayer> layers;
 };
 

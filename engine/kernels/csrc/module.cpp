@@ -272,9 +272,9 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
 
 NB_MODULE(SERAPH_MODULE, m) {
     nb::class_<DecoderShape>(m, "DecoderShape")
-        .def(nb::init<int, int, int, int, int, int, int, int, float>(), nb::arg("num_layers"), nb::arg("hidden"),
+        .def(nb::init<int, int, int, int, int, int, int, float>(), nb::arg("num_layers"), nb::arg("hidden"),
              nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("intermediate"),
-             nb::arg("vocab"), nb::arg("max_position"), nb::arg("norm_eps"));
+             nb::arg("vocab"), nb::arg("norm_eps"));
     nb::class_<PySampling>(m, "Sampling")
         .def(nb::init<Floats, Ints, Floats, Floats, Floats, Floats, Floats, Array<const uint64_t>, Ints, Ints, Ints,
                       Ints, Ints, Ints, Ints, Floats, std::optional<Ints>, std::optional<Array<const uint32_t>>,
