@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from engine.errors import FormatError, UnsupportedModelError
+from engine.weights.gguf import GgufFile
 from engine.weights.gguf_tokenizer import TokenizerInfo, read_tokenizer
 from tests.engine.weights.vocabularies import NAMES, gguf_metadata, golden
 from tests.golden.texts import SENTENCEPIECE_TEXTS, SPECIAL_TEXTS, TEXTS
@@ -159,6 +160,12 @@ def test_end_tokens_are_all_that_the_checkpoint_names() -> None:
     assert read(token_type=kinds, eos_token_id=None).eos_token_ids == (2,)
 
 
+def test_end_tokens_of_llama_3() -> None:
+    names = ("<|begin_of_text|>", "<|eot_id|>", "<|eom_id|>")
+    info = read(tokens=[*names, *tokens()[3:]], pre="llama-bpe", bos_token_id=0, eos_token_id=1, add_bos_token=None)
+    assert (info.bos_token_id, info.add_bos, info.eos_token_ids) == (0, True, (1, 2))
+
+
 def test_without_token_types_everything_is_ordinary() -> None:
     info = read(token_type=None)
     assert info.special_token_ids == ()
@@ -242,6 +249,16 @@ def test_what_a_sentencepiece_vocabulary_is_where_nothing_is_said() -> None:
     assert Tokenizer.from_str(info.tokenizer_json).encode(" a").ids == sentencepiece_ids("  a")
     assert not sentencepiece(add_bos_token=False).add_bos
     assert not sentencepiece(bos_token_id=None).add_bos
+
+
+def test_a_file_that_holds_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
+    checkpoint = TinyLlama(vocab=900)
+    for key in [key for key in checkpoint.metadata if key.startswith("tokenizer.")]:
+        del checkpoint.metadata[key]
+    for key, value in gguf_metadata("llama").items():
+        checkpoint.metadata[key] = value.tolist() if isinstance(value, np.ndarray) else value
+    with GgufFile(checkpoint.write(tmp_path / "model.gguf")) as file:
+        assert read_tokenizer(file.metadata, file.path) == sentencepiece()
 
 
 def sentencepiece_ids(text: str) -> list[int]:
