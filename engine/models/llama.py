@@ -115,6 +115,10 @@ def from_gguf(description: Description) -> Blueprint:
     context = keys.count("context_length")
     window = keys.count("attention.sliding_window", default=0)  # 0: none
     has_factors = _ROPE_FREQS in shapes
+    if has_factors and shapes[_ROPE_FREQS] != (head_dim // 2,):  # before it is read
+        raise UnsupportedModelError(
+            f"{_ROPE_FREQS} must be a vector [{head_dim // 2}], found shape {list(shapes[_ROPE_FREQS])}."
+        )
     spec = DecoderSpec(
         family="llama",
         num_layers=num_layers,

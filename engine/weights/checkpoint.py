@@ -131,12 +131,6 @@ def read_vector(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
             path=checkpoint.path,
         )
     values: NDArray[np.float32] = decode(checkpoint.read_rows(name, 0, 1))[0]
-    need_finite(checkpoint, name, values)
+    if not np.isfinite(values).all():  # one NaN in a norm makes every answer NaN
+        raise FormatError(f"tensor {name} holds a value that is not finite", path=checkpoint.path)
     return values
-
-
-def need_finite(checkpoint: Checkpoint, name: str, *arrays: NDArray[np.floating] | None) -> None:
-    """One NaN in the weights makes every answer NaN: refuse it where it can be named."""
-    for array in arrays:
-        if array is not None and not np.isfinite(array).all():
-            raise FormatError(f"tensor {name} holds a value that is not finite", path=checkpoint.path)
