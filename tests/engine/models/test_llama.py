@@ -182,7 +182,10 @@ def test_rope_frequency_factors_of_gguf() -> None:
 
 @pytest.mark.parametrize(
     ("factors", "message"),
-    [([1, 1], r"rope_freqs.weight must be a vector \[8\], found shape \[2\]"), ([0] * 8, "rope.factors must be positive")],
+    [
+        ([1, 1], r"rope_freqs.weight must be a vector \[8\], found shape \[2\]"),
+        ([0] * 8, "rope.factors must be positive"),
+    ],
 )
 def test_rope_frequency_factors_that_cannot_be(factors: list[float], message: str) -> None:
     model = TinyLlama()

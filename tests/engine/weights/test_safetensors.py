@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import FormatError, SourceError
@@ -20,7 +21,7 @@ from engine.weights.strict_json import MAX_JSON_BYTES
 from tests.tiny_hf import encode, write_safetensors
 
 
-def entry(dtype: str = "F32", shape: Any = (2, 3), offsets: Any = (0, 24), **more: Any) -> dict[str, Any]:
+def entry(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24), **more: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
@@ -38,13 +39,13 @@ def path(tmp_path: Path) -> Path:
 
 def test_reads_what_the_library_writes(path: Path) -> None:
     rng = np.random.default_rng(0)
-    tensors = {
+    tensors: dict[str, tuple[str, NDArray[Any]]] = {
         f"{kind} {shape}": (kind, rng.standard_normal(shape).astype(np.float32))
         for kind in ("F32", "F16", "BF16")
         for shape in [(5,), (3, 4), (2, 3, 4), (1, 1)]
     }
     tensors["bytes"] = ("U8", np.arange(256, dtype=np.uint8).reshape(4, 64))
-    tensors["scalar"] = ("F32", np.float32(2.5).reshape(()))
+    tensors["scalar"] = ("F32", np.array(2.5, np.float32))
     tensors["empty"] = ("F32", np.empty((0, 4), np.float32))
     write_safetensors(path, tensors)
     file = SafetensorsFile(path)
