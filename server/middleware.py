@@ -60,7 +60,9 @@ class RequestContext:
                 else:
                     await error_response(error, request_id)(scope, receive, send_with_id)
             finally:
-                self._count(scope, status, self._clock() - arrived)
+                # A stream that its caller left began with 200, and that is not how it ended.
+                outcome = 499 if scope["state"].get("disconnected") else status
+                self._count(scope, outcome, self._clock() - arrived)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")  # the pattern: paths are the caller's to invent

@@ -51,6 +51,7 @@ class EventStream(Response):
                     started = True
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
         except ClientDisconnectedError:
+            scope["state"]["disconnected"] = True
             if not started:
                 raise
         except Exception as error:

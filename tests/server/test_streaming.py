@@ -203,9 +203,12 @@ async def test_a_disconnect_aborts(stream: bool, n: int) -> None:
         async with asyncio.timeout(5):
             await engine.idle.wait()
         assert len(engine.aborted) == n
-        async with httpx.AsyncClient() as client:
-            metrics = (await client.get(url + "/metrics")).text
+        async with httpx.AsyncClient() as client, asyncio.timeout(5):
+            metrics = ""
+            while f'requests_total{{method="POST",route="{CHAT}"' not in metrics:
+                metrics = (await client.get(url + "/metrics")).text
         assert "seraph_sequences 0.0" in metrics
+        assert f'seraph_http_requests_total{{method="POST",route="{CHAT}",status="499"}} 1.0' in metrics
 
 
 async def test_a_caller_that_reads_nothing_is_cut_off() -> None:
