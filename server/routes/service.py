@@ -68,8 +68,9 @@ class Service:
         """`system_fingerprint`: equal fingerprints and seeds give equal answers."""
         if not self._fingerprint:
             known = self.engine.capabilities()
-            parts = (version(), known.engine, known.model, str(known.max_model_len), self.settings.isa)
-            self._fingerprint = "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+            what = (version(), known.engine, known.model, known.checkpoint_format, known.weights, known.isa)
+            limits = (known.max_model_len, self.settings.default_max_tokens, sorted(self.generation_defaults.items()))
+            self._fingerprint = "fp_" + hashlib.sha256(repr((what, limits)).encode()).hexdigest()[:12]
         return self._fingerprint
 
     def need_model(self, name: str) -> None:

@@ -75,3 +75,13 @@ async def test_the_models_endpoint_shows_what_is_in_force() -> None:
     async with client_for(FakeEngine(), defaults=DEFAULTS) as client:
         assert (await client.get("/v1/models")).json()["data"][0]["generation_defaults"] == DEFAULTS
         assert (await client.get("/v1/models/m")).json()["generation_defaults"] == DEFAULTS
+
+
+async def test_equal_fingerprints_mean_equal_defaults() -> None:
+    async def fingerprint(defaults: dict[str, float], **configured: Any) -> str:
+        async with client_for(FakeEngine(), settings(**configured), defaults=defaults) as client:
+            return str((await client.post("/v1/chat/completions", json=chat())).json()["system_fingerprint"])
+
+    plain = await fingerprint({})
+    assert await fingerprint({}) == plain
+    assert len({plain, await fingerprint(DEFAULTS), await fingerprint({}, default_max_tokens=7)}) == 3
