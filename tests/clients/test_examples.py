@@ -45,7 +45,7 @@ def run(*command: str, url: str, given: str = "") -> str:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(url: str) -> None:
     models, answer, *events = run("sh", str(EXAMPLES / "curl.sh"), url=url).splitlines()
-    assert json.loads(models)["data"][0]["id"] == "tiny.gguf"
+    assert json.loads(models)["data"][0]["id"] == "tiny"
     whole = json.loads(answer)["choices"][0]["message"]["content"]
     data = [line.removeprefix("data: ") for line in events if line.startswith("data: ")]
     assert data.pop() == "[DONE]"
@@ -68,7 +68,7 @@ def test_the_client_s_whole_and_streamed_answers_agree(url: str) -> None:
     with Client(url, api_key=KEY) as client:
         (model,) = client.models()
         assert client.is_ready()
-        assert (model.id, model.max_model_len) == ("tiny.gguf", 512)
+        assert (model.id, model.max_model_len) == ("tiny", 512)
         whole = client.chat("Hi", temperature=0, max_tokens=24)
         stream = client.stream_chat("Hi", temperature=0, max_tokens=24)
         assert stream.text() == whole.text
@@ -86,7 +86,7 @@ async def test_the_async_client(url: str) -> None:
 
 def test_a_wrong_key(url: str) -> None:
     with Client(url, api_key="wrong") as client, pytest.raises(AuthenticationError):
-        client.chat("Hi", model="tiny.gguf")
+        client.chat("Hi", model="tiny")
 
 
 def test_every_example_is_run_here() -> None:
