@@ -40,7 +40,7 @@ def num_kv_blocks(config: EngineConfig, spec: DecoderSpec, *, memory: Callable[[
         least = MIN_KV_TOKENS // BLOCK_SIZE
         if num_blocks < least:
             raise ConfigError(
-                f"kv_cache_memory must be at least {readable(least * per_block)}, which {MIN_KV_TOKENS} tokens of this "
+                f"kv_cache_memory must be at least {least * per_block} bytes, which {MIN_KV_TOKENS} tokens of this "
                 f"model take, got {config.kv_cache_memory!r}."
             )
         return num_blocks
