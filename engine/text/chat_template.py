@@ -3,15 +3,14 @@
 The template comes from the model or the operator, never from a request. What a request brings is data: its strings
 cannot make control tokens (see stand_ins.py).
 
-Bounded are the length of the output, of strings and lists made by `+` and `*`, of every range and of all ranges of one
-rendering together, and the size of powers. Time is not, nor what filters like `center` make: a template that its author
-or the operator made to do harm can still do it.
+Neither can the template do harm: what it may call, how long it runs and how much memory it takes are bounded (see
+sandbox.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -22,17 +21,20 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import FormatError, RequestError
+from engine.text.sandbox import BUDGET, MAX_WORK, Budget, Sandbox
 from engine.text.stand_ins import ContentGuard, SpecialTexts, strings_in
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 """Templates build control tokens from roles, so no others are rendered."""
 
-MAX_SOURCE_CHARS = 1 << 20
-MAX_RENDERED_CHARS = 64 << 20
-MAX_RANGE_TOTAL = 1_000_000
+MAX_SOURCE_CHARS = 1 << 17
+"""The longest in the field have 40,000."""
+MAX_SPECIAL_SQUARES = 1 << 26
+"""Sum of the squared lengths of special tokens: 16,000 of 64 characters, one of 8,000."""
+MAX_REFUSAL_CHARS = 2000
+"""Of what a template says when it refuses a conversation; it goes into an error's message."""
 
 Message = Mapping[str, Any]
 
@@ -65,7 +67,7 @@ class ChatTemplate:
     ) -> None:
         """`special_tokens` are the texts that content must not be able to make.
 
-        Raises FormatError for a template that does not compile.
+        Raises FormatError for a template that does not compile, and for special tokens longer than any real ones.
         """
         if len(source) > MAX_SOURCE_CHARS:
             raise FormatError(f"chat template: at most {MAX_SOURCE_CHARS} characters are read, it has {len(source)}")
@@ -73,6 +75,9 @@ class ChatTemplate:
             self._template = _ENVIRONMENT.from_string(source)
         except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise FormatError(f"chat template: {_said(error)}") from None
+        if sum(len(text) ** 2 for text in special_tokens) > MAX_SPECIAL_SQUARES:  # every part of each is remembered
+            longest = max(map(len, special_tokens))
+            raise FormatError(f"tokenizer: special tokens are too long together, the longest has {longest} characters")
         self.source = source
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: text for name, text in tokens.items() if text is not None}
@@ -107,8 +112,13 @@ class ChatTemplate:
             raise RequestError(f"A chat template's variable {min(taken)!r} cannot be replaced.", param=min(taken))
         conversation = [self._prepare(message, i) for i, message in enumerate(messages)]
         data = {"messages": conversation, "tools": tools, "documents": documents, **variables}
-        guard = ContentGuard(self._special, (self.source, *strings_in(data)))
-        data = {name: guard.guard(value) for name, value in data.items()}
+        try:
+            guard = ContentGuard(self._special, (self.source, *strings_in(data)))
+            data = {name: guard.guard(value) for name, value in data.items()}
+        except RecursionError:
+            raise RequestError(
+                "The messages, or what is beside them, are nested too deeply.", param="messages"
+            ) from None
         data["add_generation_prompt"] = add_generation_prompt
         if continue_final_message:
             marked = self._render_open(data, guard)
@@ -177,23 +187,17 @@ class ChatTemplate:
             filled = [{"content": "", **message} for message in messages]
             return self._run({**data, "messages": filled}, stand_ins)
 
-    def _run(self, data: Mapping[str, Any], stand_ins: Mapping[int, str]) -> str:
-        variables = {**self._tokens, "range": _bounded_range(), _STAND_INS_KEY: stand_ins, **data}
-        pieces: list[str] = []
-        num_chars = 0
+    def _run(self, data: Mapping[str, Any], stand_ins: Mapping[int, str], max_work: int = MAX_WORK) -> str:
+        size = sum(len(text) + 16 for text in strings_in(data))
+        variables = {**self._tokens, BUDGET: Budget(size, max_work), _STAND_INS_KEY: stand_ins, **data}
         try:
-            for piece in self._template.generate(variables):
-                pieces.append(piece)
-                num_chars += len(piece)
-                if num_chars > MAX_RENDERED_CHARS:
-                    raise SecurityError(f"it writes more than {MAX_RENDERED_CHARS} characters")
+            return self._template.render(variables)
         except _RefusedError as error:
             raise RequestError(str(error), param="messages") from None
         except Exception as error:  # a template can raise anything that Python's operators raise
             raise RequestError(
                 f"The chat template cannot render these messages: {_said(error)}", param="messages"
             ) from None
-        return "".join(pieces)
 
     def _needs_parts(self) -> bool:
         """Whether the template reads content as a list of parts only: tried with a text it has to show."""
@@ -202,7 +206,7 @@ class ChatTemplate:
         def shows(content: Any) -> bool:
             data = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
             try:
-                return probe in self._run({**data, "add_generation_prompt": True}, {})
+                return probe in self._run({**data, "add_generation_prompt": True}, {}, MAX_WORK // 20)
             except RequestError:
                 return False
 
@@ -211,32 +215,6 @@ class ChatTemplate:
 
 class _RefusedError(jinja2.TemplateError):
     """The template called raise_exception."""
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with bounds on what operators make."""
-
-    intercepted_binops = frozenset({"+", "*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            bounded = isinstance(left, int | float) and isinstance(right, int | float) and abs(right) <= 1024
-            bounded = bounded and abs(left) <= 1 << 32
-        elif operator == "*":
-            size = len(left) if _is_sized(left) else len(right) if _is_sized(right) else 0
-            factor = right if _is_sized(left) else left
-            bounded = size == 0 or (isinstance(factor, int) and size * factor <= MAX_RENDERED_CHARS)
-            if size == 0 and isinstance(left, int) and isinstance(right, int):
-                bounded = left.bit_length() + right.bit_length() <= 1 << 16
-        else:
-            bounded = not (_is_sized(left) and _is_sized(right)) or len(left) + len(right) <= MAX_RENDERED_CHARS
-        if not bounded:
-            raise SecurityError(f"the result of {operator!r} would be too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _is_sized(value: Any) -> bool:
-    return isinstance(value, str | list | tuple)
 
 
 class _GenerationTag(Extension):
@@ -254,22 +232,14 @@ class _GenerationTag(Extension):
 
 
 def _refuse(message: object) -> None:
-    raise _RefusedError(str(message))
+    raise _RefusedError(str(message)[:MAX_REFUSAL_CHARS])
 
 
-def _bounded_range() -> Callable[..., range]:
-    """`range` for one rendering: jinja2 bounds each range, this all of them together."""
-    left = MAX_RANGE_TOTAL
-
-    def bounded(*args: int) -> range:
-        nonlocal left
-        made = jinja2.sandbox.safe_range(*args)
-        left -= len(made)
-        if left < 0:
-            raise SecurityError(f"its ranges have more than {MAX_RANGE_TOTAL} items together")
-        return made
-
-    return bounded
+def _now(form: str) -> str:
+    """The date as datetime.strftime writes it."""
+    if len(form) > 100:
+        raise SecurityError(f"strftime_now: at most 100 characters are supported, not {len(form)}")
+    return datetime.now().strftime(form)
 
 
 @jinja2.pass_context
@@ -304,16 +274,13 @@ def _said(error: BaseException) -> str:
     return f"{said[:500] or type(error).__name__}{line}"
 
 
-def _environment() -> _Environment:
-    made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-    made.filters["tojson"] = _to_json
-    del made.globals["lipsum"]  # writes as much as it is asked to
-    made.globals["raise_exception"] = _refuse
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return made
-
-
 _STAND_INS_KEY = "stand-ins"
 """No template can write this name."""
-_RESERVED = frozenset({"add_generation_prompt", "bos_token", "eos_token", "range", "raise_exception", _STAND_INS_KEY})
-_ENVIRONMENT = _environment()
+_RESERVED = frozenset(
+    {"add_generation_prompt", "bos_token", "eos_token", "range", "raise_exception", BUDGET, _STAND_INS_KEY}
+)
+_ENVIRONMENT = Sandbox(
+    functions={"raise_exception": _refuse, "strftime_now": _now},
+    filters={"tojson": _to_json},
+    extensions=[_GenerationTag, loopcontrols],
+)

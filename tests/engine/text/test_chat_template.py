@@ -225,15 +225,19 @@ def test_the_template_s_own_refusal_reaches_the_caller() -> None:
     assert caught.value.param == "messages"
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{", "{% endfor %}", "{% include 'x' %}{% frob %}", "{{ 1 | nope }}"])
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{{", "{% endfor %}", "{% set x = 1 %}{% frob %}", "{{ 1 | nope }}", "{% include 'x' %}"]
+)
 def test_templates_that_do_not_compile(source: str) -> None:
     with pytest.raises(FormatError, match=r"^chat template: "):
         ChatTemplate(source)
 
 
 def test_a_template_beyond_reason_is_refused() -> None:
-    with pytest.raises(FormatError, match="at most 1048576 characters"):
-        ChatTemplate("x" * 1_048_577)
+    with pytest.raises(FormatError, match="at most 131072 characters"):
+        ChatTemplate("x" * 131_073)
+    with pytest.raises(FormatError, match="at most 20000 pieces of syntax are compiled, it has 2"):
+        ChatTemplate("{{a}}" * 25_000)
     with pytest.raises(FormatError, match=r"^chat template: "):
         ChatTemplate("{{ " + "(" * 10_000 + ")" * 10_000 + " }}")
 
@@ -246,7 +250,6 @@ def test_a_template_beyond_reason_is_refused() -> None:
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ messages.__init__.__globals__ }}",
-        "{% include 'secrets' %}",
         "{{ namespace().__class__.__base__.__subclasses__() }}",
         "{{ range(100001) }}",
         "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
@@ -258,12 +261,71 @@ def test_a_template_beyond_reason_is_refused() -> None:
         "{% for i in range(1000) %}{{ 'x' * 1000000 }}{% endfor %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ lipsum(100) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ 'a' | center(1000000000) }}",
+        "{{ 'a'.ljust(1000000000) }}",
+        "{{ 'a'.encode() * 1000000000 }}",
+        "{{ 1.5 | round(100000000, 'ceil') }}",
+        "{{ [1] | slice(1000000000) | list }}",
+        "{{ [1] | batch(1000000000, 0) | list }}",
+        "{{ 'a\n' | indent(1000000000, true) }}",
+        "{{ {'a': 1} | tojson(indent=1000000000) }}",
+        "{{ ('a' * 1000000).replace('a', 'b' * 1000) }}",
+        "{{ ('a' * 1000000) | replace('a', 'b' * 1000) }}",
+        "{{ ('a' * 1000000).join(range(1000) | map('string')) }}",
+        "{{ range(100000) | join('a' * 10000) }}",
+        "{{ '{0}{0}{0}{0}'.format('a' * 10000000) }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set n = namespace(x=(1,)) %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}{{ {n.x: 1} }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x == n.x[0] }}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% for i in range(100000) %}{% if range(100000) | selectattr('x') | list %}{% endif %}{% endfor %}",
+        "{% set x = 'a' * 1000000 %}{% macro m() %}" + "{{ x }}" * 1000 + "{% endmacro %}{{ m() }}",
+        "{% set f = ('a' * 99999).rfind %}{% for i in range(9999) %}{{ f('ab' ~ 'a' * 50000) }}{% endfor %}",
+        "{{ [[], []] | sum(start=[]) }}",
+        "{{ {}.keys() - [1] }}",
+        "{{ strftime_now('%c' * 1000) }}",
     ],
 )
 def test_templates_that_fail_or_run_away_are_stopped(source: str) -> None:
     with pytest.raises(RequestError, match=r"cannot render these messages: .") as caught:
         render(source)
     assert len(str(caught.value)) < 700
+
+
+def test_a_refusal_of_any_length_makes_a_short_error() -> None:
+    with pytest.raises(RequestError) as caught:
+        render("{{ raise_exception('a' * 10000000) }}")
+    assert str(caught.value) == "a" * 2000
+
+
+def test_data_nested_beyond_reason_are_refused() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="nested too deeply"):
+        render(CHATML, tools=deep)
+    own: dict[str, Any] = {}
+    own["own"] = own
+    with pytest.raises(RequestError, match="nested too deeply"):
+        render(CHATML, documents=[own])
+
+
+def test_special_tokens_beyond_reason_are_refused() -> None:
+    """Every beginning and end of each is kept: one of a million characters would fill the memory."""
+    with pytest.raises(FormatError, match="special tokens are too long together, the longest has 1000000 characters"):
+        ChatTemplate(CHATML, special_tokens=["<|im_end|>", "x" * 1_000_000])
+
+
+def test_what_a_rendering_may_take_grows_with_what_it_is_given() -> None:
+    """A long conversation is work that is called for: 20,000 turns, read several times."""
+    source = "{% for m in messages %}{{ m.role | upper }}: {{ m['content'] | trim }}{{ m | tojson }}\n{% endfor %}"
+    turns = [user(f"message {i} " + "text " * 50) for i in range(20_000)]
+    assert render(source, turns).count("\n") == 20_000
 
 
 @pytest.mark.parametrize("name", ["bos_token", "raise_exception", "range"])
