@@ -16,6 +16,7 @@ DISTRIBUTIONS = (
     "gguf",
     "httptools",
     "httpx",
+    "httpx2",
     "huggingface_hub",
     "jinja2",
     "msgspec",
