@@ -19,7 +19,7 @@ from engine.kernels.layout import LAYOUT_VERSION, dequantize
 from engine.models.spec import ModelInfo
 from engine.weights import pack
 from engine.weights.convert import convert
-from engine.weights.gguf import GgufFile
+from engine.weights.gguf_checkpoint import GgufCheckpoint
 from engine.weights.pack import Source, TensorWriter, open_packed, write_packed
 from engine.weights.progress import NoProgress
 from tests.engine.weights.recording import Recorded
@@ -30,7 +30,7 @@ HEADER_AT = 64
 
 
 def packed(folder: Path, **shape: Any) -> Path:
-    with GgufFile(TinyLlama(**shape).write(folder / "m.gguf")) as file:
+    with GgufCheckpoint(TinyLlama(**shape).write(folder / "m.gguf")) as file:
         info, tensors = convert(file)
         path = folder / "m.seraph"
         write_packed(path, name="tiny", info=info, source=SOURCE, tensors=tensors, progress=NoProgress())
@@ -41,7 +41,7 @@ def test_what_was_written_is_mapped(tmp_path: Path) -> None:
     checkpoint = TinyLlama(tie=False).write(tmp_path / "m.gguf")
     progress = Recorded()
     path = tmp_path / "out.seraph"
-    with GgufFile(checkpoint) as file:
+    with GgufCheckpoint(checkpoint) as file:
         info, tensors = convert(file)
         write_packed(path, name="tiny", info=info, source=SOURCE, tensors=tensors, progress=progress)
         model = open_packed(path)
@@ -69,7 +69,7 @@ def test_tensors_are_aligned(tmp_path: Path) -> None:
 
 
 def test_a_header_longer_than_the_first_two_mebibytes_moves_the_data(tmp_path: Path) -> None:
-    with GgufFile(TinyLlama().write(tmp_path / "m.gguf")) as file:
+    with GgufCheckpoint(TinyLlama().write(tmp_path / "m.gguf")) as file:
         info, tensors = convert(file)
         long = msgspec.structs.replace(SOURCE, name="x" * (2 << 20))
         path = tmp_path / "m.seraph"
@@ -105,7 +105,7 @@ def test_the_mapping_outlives_a_new_file_in_its_place(tmp_path: Path) -> None:
 
 
 def parts(path: Path) -> tuple[ModelInfo, list[TensorWriter]]:
-    with GgufFile(path) as file:
+    with GgufCheckpoint(path) as file:
         return convert(file)
 
 

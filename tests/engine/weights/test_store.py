@@ -22,6 +22,7 @@ from tests.engine.weights.hubs import serve_hub
 from tests.engine.weights.recording import Recorded
 from tests.engine.weights.wheels import client_settings, write_wheel
 from tests.tiny_gguf import TinyLlama
+from tests.tiny_hf import TinyFolder
 
 ROOT = Path(__file__).parents[3]
 
@@ -289,6 +290,26 @@ def test_a_model_from_a_hub_needs_the_hub_once(home: Path, tmp_path: Path) -> No
     assert_same(second, load_model("hf:org/tiny", home=home, client=client))
     second.path.unlink()
     assert_same(second, load_model("hf:org/tiny", home=home, client=client))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_is_the_same_model_here_and_on_a_hub(home: Path, tmp_path: Path, shards: int) -> None:
+    folder = TinyFolder().write(tmp_path / "tiny", shards=shards)
+    own = load_model(str(folder), home=home)
+    assert (own.name, own.source.origin) == ("tiny", str(folder))
+    with serve_hub() as remote:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        remote.repository("org/tiny").commit(files | {"pytorch_model.bin": b"pickled", "README.md": b"read me"})
+        fetched = load_model("hf:org/tiny", home=home, client=HubClient(endpoint=remote.url, token=""))
+        assert sorted(remote.fetched()) == sorted(files)
+    assert (fetched.info, fetched.source.sha256) == (own.info, own.source.sha256)
+    for name, tensor in own.weights.items():
+        np.testing.assert_array_equal(tensor.data, fetched.weights[name].data)
+    progress = Recorded()
+    load_model(str(folder), home=home, progress=progress)
+    assert progress.work == []
+    TinyFolder(seed=1).write(folder, shards=shards)
+    assert (load_model(str(folder), home=home).weights["embed"].data != own.weights["embed"].data).any()
 
 
 def test_an_alias_and_its_spelling_share_a_packed_file(home: Path) -> None:
