@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -28,7 +30,8 @@ class TinyLlama:
     """A checkpoint in memory; a test changes `metadata` and `tensors` as it likes before `write`.
 
     `metadata` maps keys to int (stored as uint32), float, bool, str or lists. `tensors` maps names to float32 arrays of
-    shape (outputs, inputs) or (length,), `types` to the type each is stored in. Query and key rows are stored as GGUF
+    shape (outputs, inputs) or (length,), `types` to the type each is stored in: F32 for vectors, `quant` for matrices,
+    or the value of `mix` whose key is a pattern of their name ("blk.0.attn_v.*"). Query and key rows are stored as GGUF
     stores them, in the order of interleaved rope.
     """
 
@@ -43,6 +46,7 @@ class TinyLlama:
         ffn: int = 96,
         vocab: int = VOCAB,
         quant: str = "Q4_1",
+        mix: Mapping[str, str] = MappingProxyType({}),
         seed: int = 0,
         tie: bool = True,
         context: int = 512,
@@ -83,6 +87,8 @@ class TinyLlama:
         rng = np.random.default_rng(seed)
         self.tensors = {name: _random(rng, shape) for name, shape in shapes.items()}
         self.types = {name: "F32" if len(shape) == 1 else quant for name, shape in shapes.items()}
+        for pattern, kind in mix.items():
+            self.types |= {name: kind for name in shapes if len(shapes[name]) == 2 and fnmatchcase(name, pattern)}
 
     def write(self, path: Path) -> Path:
         """Write the checkpoint to `path` and return it."""

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 WINDOW = 1024  # tokens that one perplexity window sees, each window from an empty context
 TOP = 64
 FULL_EVERY = 9  # one position in so many keeps all its logits
+TINY_EVERY = 3  # of the tiny checkpoints; the last of 70 positions is one of them
 
 PROMPTS = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -100,15 +101,18 @@ def logits_of(model: LlamaForCausalLM, token_ids: list[int]) -> NDArray[np.float
 
 
 def make_tiny() -> None:
-    """For each of CHECKPOINTS, token ids of one sequence and all its logits."""
+    """For each of CHECKPOINTS, token ids of one sequence and its logits at every third position."""
     for name in CHECKPOINTS:
         with tempfile.TemporaryDirectory() as folder:
             path = write_checkpoint(Path(folder), name)
             digest = weights_digest(path)
             model = load_llama(path)
         token_ids = np.random.default_rng(70).integers(0, model.config.vocab_size, 70, dtype=np.int32)
-        logits = logits_of(model, token_ids.tolist())
-        np.savez_compressed(HERE / f"tiny_{name}.npz", token_ids=token_ids, logits=logits, weights_digest=digest)
+        positions = np.arange(0, len(token_ids), TINY_EVERY, dtype=np.int32)
+        logits = logits_of(model, token_ids.tolist())[positions]
+        np.savez_compressed(
+            HERE / f"tiny_{name}.npz", token_ids=token_ids, positions=positions, logits=logits, weights_digest=digest
+        )
         print(f"{name}: {list(logits.shape)}, root mean square {np.sqrt(np.square(logits).mean()):.3f}")
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import re
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -116,14 +117,14 @@ def kinds_of(formats: Formats) -> set[tuple[int, Correction]]:
     return {(fmt.bits, fmt.correction) for fmt in formats.values() if fmt is not None}
 
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "as the helper makes it": {},
     "three heads of 32, hidden 96": {"hidden": 96, "heads": 3, "kv_heads": 1, "head_dim": 32, "ffn": 32, "vocab": 321},
     "hidden 576, as the default model": {
         "hidden": 576, "layers": 1, "heads": 9, "kv_heads": 3, "head_dim": 64, "ffn": 160, "vocab": 261
     },
 }  # fmt: skip
-WIDE_SHAPES: dict[str, dict[str, int]] = {
+WIDE_SHAPES: dict[str, dict[str, Any]] = {
     "hidden 256": {"hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 32, "ffn": 512, "vocab": 277},
     "hidden 512, one KV head": {
         "hidden": 512, "layers": 1, "heads": 4, "kv_heads": 1, "head_dim": 64, "ffn": 256, "vocab": 307
@@ -177,7 +178,7 @@ MIXES: dict[str, tuple[str, dict[str, str], dict[str, tuple[int, Correction]]]] 
     # As llama.cpp mixes types: what most tensors are, the exceptions, and what some of ours must become.
     "Q4_K_M": (
         "Q4_K",
-        {"token_embd": "Q6_K", "blk.0.attn_v": "Q6_K", "blk.0.ffn_down": "Q6_K"},
+        {"token_embd.*": "Q6_K", "blk.0.attn_v.*": "Q6_K", "blk.0.ffn_down.*": "Q6_K"},
         {
             "embed": (8, Correction.ZERO_POINT),
             "layers.0.qkv": (8, Correction.MIN),
@@ -188,22 +189,22 @@ MIXES: dict[str, tuple[str, dict[str, str], dict[str, tuple[int, Correction]]]] 
     ),
     "Q5_K_M": (
         "Q5_K",
-        {"token_embd": "Q6_K", "blk.1.attn_v": "Q6_K", "blk.1.ffn_down": "Q6_K"},
+        {"token_embd.*": "Q6_K", "blk.1.attn_v.*": "Q6_K", "blk.1.ffn_down.*": "Q6_K"},
         {"layers.0.qkv": (8, Correction.MIN), "layers.1.qkv": (8, Correction.MIN)},
     ),
     "Q4_K_M where rows are no multiple of 256": (
         "Q5_0",
-        {"token_embd": "Q8_0", "attn_v": "Q8_0", "blk.1.attn_k": "Q5_1"},
+        {"token_embd.*": "Q8_0", "*.attn_v.*": "Q8_0", "blk.1.attn_k.*": "Q5_1"},
         {"layers.0.qkv": (8, Correction.ZERO_POINT), "layers.1.qkv": (8, Correction.MIN)},
     ),
     "Q8_0 embedding over Q4_0": (
         "Q4_0",
-        {"token_embd": "Q8_0"},
+        {"token_embd.*": "Q8_0"},
         {"embed": (8, Correction.ZERO_POINT), "layers.0.qkv": (4, Correction.ZERO_POINT)},
     ),
     "Q4_0 with some Q4_1 and a Q6_K embedding": (
         "Q4_0",
-        {"token_embd": "Q6_K", "ffn_down": "Q4_1", "blk.0.attn_v": "Q4_1"},
+        {"token_embd.*": "Q6_K", "*.ffn_down.*": "Q4_1", "blk.0.attn_v.*": "Q4_1"},
         {
             "embed": (8, Correction.ZERO_POINT),
             "layers.0.qkv": (4, Correction.MIN),
@@ -211,31 +212,21 @@ MIXES: dict[str, tuple[str, dict[str, str], dict[str, tuple[int, Correction]]]] 
         },
     ),
     "F16 embedding over Q4_K": (
-        "Q4_K", {"token_embd": "F16"}, {"embed": (16, Correction.NONE), "layers.0.qkv": (4, Correction.MIN)}
+        "Q4_K", {"token_embd.*": "F16"}, {"embed": (16, Correction.NONE), "layers.0.qkv": (4, Correction.MIN)}
     ),
     "float types side by side": (
-        "F16", {"attn_k": "BF16", "ffn_up": "F32"},
+        "F16", {"*.attn_k.*": "BF16", "*.ffn_up.*": "F32"},
         {"layers.0.qkv": (16, Correction.NONE), "layers.1.gate_up": (16, Correction.NONE)},
     ),
 }  # fmt: skip
 
 
-def mixed(quant: str, changes: Mapping[str, str], **shapes: int) -> TinyLlama:
-    """A checkpoint of `quant`, with other types for the matrices whose name contains a key of `changes`."""
-    model = TinyLlama(**shapes, quant=quant, tie=True)
-    for name in model.types:
-        if name.endswith("norm.weight"):
-            continue
-        for part, kind in changes.items():
-            if part in name:
-                model.types[name] = kind
-    return model
-
-
 @pytest.mark.parametrize("mix", MIXES)
 def test_types_are_mixed_as_real_files_mix_them(tmp_path: Path, mix: str) -> None:
     quant, changes, wanted = MIXES[mix]
-    _, formats = assert_carried(mixed(quant, changes, **WIDE_SHAPES["hidden 256"]).write(tmp_path / "m.gguf"))
+    _, formats = assert_carried(
+        TinyLlama(**WIDE_SHAPES["hidden 256"], quant=quant, mix=changes).write(tmp_path / "m.gguf")
+    )
     for name, expected in wanted.items():
         fmt = formats[name]
         assert fmt is not None
@@ -258,7 +249,7 @@ def test_types_are_mixed_as_real_files_mix_them(tmp_path: Path, mix: str) -> Non
 def test_merged_parts_of_different_types_keep_every_weight(
     tmp_path: Path, q: str, v: str, bits: int, correction: Correction
 ) -> None:
-    _, formats = assert_carried(mixed(q, {"attn_v": v}).write(tmp_path / "m.gguf"))
+    _, formats = assert_carried(TinyLlama(quant=q, mix={"*.attn_v.*": v}).write(tmp_path / "m.gguf"))
     assert formats["layers.1.qkv"] == MatrixFormat(128, 64, bits, correction)
 
 
@@ -278,7 +269,7 @@ def test_float_parts_merged_with_quantized_ones(
     tmp_path: Path, q: str, v: str, quantization: str | None, bits: int, correction: Correction
 ) -> None:
     """The quantized part keeps its weights, the float part gets the quants of the format that holds both."""
-    path = mixed(v, {"attn_q": q, "attn_k": q}).write(tmp_path / "m.gguf")
+    path = TinyLlama(quant=v, mix={"*.attn_q.*": q, "*.attn_k.*": q}).write(tmp_path / "m.gguf")
     _, formats = assert_carried(path, quantization, lambda name: bits)
     assert formats["layers.1.qkv"] == MatrixFormat(128, 64, bits, correction)
 
@@ -301,27 +292,32 @@ def test_float_weights_are_quantized_on_request(tmp_path: Path, kind: str, tie: 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_only_what_is_float_is_quantized(tmp_path: Path, quantization: str) -> None:
-    path = mixed("Q4_0", {"token_embd": "F16"}).write(tmp_path / "m.gguf")
+    path = TinyLlama(quant="Q4_0", mix={"token_embd.*": "F16"}).write(tmp_path / "m.gguf")
     _, formats = assert_carried(path, quantization, lambda name: 8)
     assert formats["embed"] == MatrixFormat(307, 64, 8, Correction.ZERO_POINT)
     assert formats["layers.0.o"] == MatrixFormat(64, 64, 4, Correction.ZERO_POINT)
 
 
 @pytest.mark.parametrize(
-    ("quant", "changes", "quantization", "message"),
+    ("quant", "mix", "quantization", "message"),
     [
         ("Q4_1", {}, "none", r"quantization none needs float weights, .*m.gguf stores Q4_1: leave it out"),
-        ("Q4_0", {"token_embd": "F16"}, "none", r"quantization none needs float weights, .*m.gguf stores Q4_0: leave"),
+        (
+            "Q4_0",
+            {"token_embd.*": "F16"},
+            "none",
+            r"quantization none needs float weights, .*m.gguf stores Q4_0: leave",
+        ),
         ("Q8_0", {}, "int8", r"quantization int8 needs float weights, .*m.gguf already stores Q8_0: leave it out"),
-        ("Q4_0", {"attn_v": "Q8_0"}, "int4", r"quantization int4 .* already stores Q4_0, Q8_0: leave it out"),
+        ("Q4_0", {"*.attn_v.*": "Q8_0"}, "int4", r"quantization int4 .* already stores Q4_0, Q8_0: leave it out"),
         ("F16", {}, "fp8", r"quantization must be one of none, int8, int4, got 'fp8'"),
         ("F16", {}, "", r"quantization must be one of none, int8, int4, got ''"),
     ],
 )
 def test_a_quantization_that_does_not_go_with_the_checkpoint(
-    tmp_path: Path, quant: str, changes: dict[str, str], quantization: str, message: str
+    tmp_path: Path, quant: str, mix: dict[str, str], quantization: str, message: str
 ) -> None:
-    path = mixed(quant, changes).write(tmp_path / "m.gguf")
+    path = TinyLlama(quant=quant, mix=mix).write(tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match=message):
         converted(path, quantization)
 
@@ -333,8 +329,8 @@ def test_a_quantization_that_does_not_go_with_the_checkpoint(
 def test_small_chunks_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str, quantization: str | None
 ) -> None:
-    wide = {"hidden": 256, "heads": 16} if quant.endswith("_K") else {"heads": 6, "kv_heads": 3}
-    path = TinyLlama(**wide, head_dim=48, ffn=512, quant=quant, tie=True).write(tmp_path / "m.gguf")
+    wide: dict[str, Any] = {"hidden": 256, "heads": 16} if quant.endswith("_K") else {"heads": 6, "kv_heads": 3}
+    path = TinyLlama(**wide, head_dim=48, ffn=512, quant=quant).write(tmp_path / "m.gguf")
 
     def packed() -> dict[str, bytes]:
         with open_checkpoint(path) as file:
