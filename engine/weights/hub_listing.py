@@ -66,9 +66,11 @@ def choose(
 
 
 def _weights(there: Mapping[str, RemoteFile], where: str, read: Callable[[RemoteFile], bytes]) -> list[RemoteFile]:
-    """The weights as `engine.weights.folder` will look for them: by their index, else one file."""
+    """The weights as `engine.weights.folder` will look for them: one whole file, else those of the index."""
     from engine.weights.folder import INDEX, WHOLE
 
+    if WHOLE in there:
+        return [there[WHOLE]]
     if INDEX in there:
         try:
             names = sorted(set(msgspec.json.decode(read(there[INDEX]), type=_Index).weight_map.values()))
@@ -78,8 +80,6 @@ def _weights(there: Mapping[str, RemoteFile], where: str, read: Callable[[Remote
         if missing or not names:
             raise SourceError(f"{where}: {INDEX} names no weights or weights that are not there: {missing[:5]}.")
         return [there[INDEX], *(there[name] for name in names)]
-    if WHOLE in there:
-        return [there[WHOLE]]
     found = [there[path] for path in there if _is_weights(path)]
     if len(found) > 1:
         raise SourceError(f"{where}: expected {WHOLE}, {INDEX} or one .safetensors file, found {_listed(found)}.")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from engine.errors import FormatError, ModelError, SourceError
 from engine.weights.convert import convert
 from engine.weights.gguf import MAX_ENTRIES, MAX_HEADER_BYTES, GgufFile
+from engine.weights.gguf_checkpoint import GgufCheckpoint
 from tests.tiny_gguf import TinyLlama
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -213,7 +214,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int, Path]:
     """A valid file, the size of its header, and a path to write damaged copies to."""
     folder = tmp_path_factory.mktemp("fuzz")
     path = TinyLlama(layers=1, vocab=261).write(folder / "whole.gguf")
-    with GgufFile(path) as file:
+    with GgufCheckpoint(path) as file:
         start = min(entry.offset for entry in file.tensors.values())
         convert(file)  # undamaged, it is good to the end
     return path.read_bytes(), start, folder / "damaged.gguf"
@@ -223,7 +224,7 @@ def use(path: Path, data: bytes) -> None:
     """Read and convert everything; only errors of our own may come out."""
     path.write_bytes(data)
     try:
-        with GgufFile(path) as file:
+        with GgufCheckpoint(path) as file:
             _, tensors = convert(file)
             for entry in tensors:
                 assert sum(chunk.nbytes for chunk in entry.chunks()) == entry.nbytes

@@ -335,6 +335,8 @@ def chosen(*paths: str, file: str | None = None, index: bytes = b"{}") -> list[s
 
 def test_a_whole_file_of_weights() -> None:
     assert chosen("config.json", "model.safetensors", "x.gguf") == ["config.json", "model.safetensors"]
+    shards = ("model.safetensors.index.json", "model-00001-of-00001.safetensors")  # the same weights once more
+    assert chosen("config.json", "model.safetensors", *shards) == ["config.json", "model.safetensors"]
     assert chosen("config.json", "weights.safetensors") == ["config.json", "weights.safetensors"]
 
 
