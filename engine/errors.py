@@ -28,8 +28,15 @@ class ConfigError(SeraphError):
     """A setting has a value that cannot work; the message names the key, the value and what is allowed."""
 
 
+MAX_MESSAGE_CHARS = 1000
+"""Of what is said about a checkpoint: messages quote it, and what they quote may be a megabyte."""
+
+
 class ModelError(SeraphError):
     """A checkpoint cannot be used."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 3] + "...")
 
 
 class SourceError(ModelError):

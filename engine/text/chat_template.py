@@ -232,7 +232,7 @@ class _GenerationTag(Extension):
 
 
 def _refuse(message: object) -> None:
-    raise _RefusedError(str(message)[:MAX_REFUSAL_CHARS])
+    raise _RefusedError(str(message)[:MAX_REFUSAL_CHARS].strip() or "The chat template refuses these messages.")
 
 
 def _now(form: str) -> str:

@@ -192,6 +192,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             budget.spend(_CALL)
             if name not in _SHALLOW_FILTERS:
                 value = budget.collect(value)
+                if name == "indent":
+                    value = budget.show(value)  # jinja2's `s += ...` would write into a list
                 weight = sum(budget.weigh(part) for part in (value, *args, *kwargs.values()))
                 budget.need_room(weight)  # many make text of what they are given
                 if name in _SORTING_FILTERS:

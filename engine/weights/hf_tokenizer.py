@@ -7,6 +7,7 @@ releases, the SentencePiece model is read.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,8 +189,8 @@ def _chat_template(folder: Path, config: _Config) -> str | None:
         return source
     value = config.values.get("chat_template")
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
+        defaults = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
+        value = defaults[-1].get("template") if defaults else None
     if value is not None and not isinstance(value, str):
         raise FormatError(f"chat_template must be a string, found {type(value).__name__}", path=config.path)
     return value
@@ -243,8 +244,11 @@ def _read_text(path: Path) -> str | None:
 def _read(path: Path, limit: int) -> bytes | None:
     """The bytes of a file; None where there is none."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait forever
+            raise FormatError("it is not a file", path=path)
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # A buffer as large as the limit would be allocated for a file of any size.
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except FileNotFoundError:
         return None
     except OSError as error:

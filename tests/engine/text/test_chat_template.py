@@ -301,6 +301,8 @@ def test_a_refusal_of_any_length_makes_a_short_error() -> None:
     with pytest.raises(RequestError) as caught:
         render("{{ raise_exception('a' * 10000000) }}")
     assert str(caught.value) == "a" * 2000
+    with pytest.raises(RequestError, match="refuses these messages"):
+        render("{{ raise_exception('') }}")
 
 
 def test_data_nested_beyond_reason_are_refused() -> None:
@@ -313,6 +315,10 @@ def test_data_nested_beyond_reason_are_refused() -> None:
     own["own"] = own
     with pytest.raises(RequestError, match="nested too deeply"):
         render(CHATML, documents=[own])
+
+
+def test_no_filter_writes_into_the_messages() -> None:
+    assert render("{{ messages | indent }}{{ messages | length }}").endswith("}]1")
 
 
 def test_special_tokens_beyond_reason_are_refused() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from contextlib import suppress
 from functools import cache
@@ -267,3 +268,14 @@ def test_a_sentencepiece_model_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="a number is cut short") as caught:
         read_tokenizer_folder(tmp_path)
     assert (caught.value.path, caught.value.offset) == (tmp_path / "tokenizer.model", 1)
+
+
+def test_chat_templates_with_names_that_are_no_names(tmp_path: Path) -> None:
+    named = [{"name": ["default"], "template": "A"}, {"name": "default", "template": "B"}, 7]
+    assert read_tokenizer_folder(write(tmp_path, tokenizer_config={"chat_template": named})).chat_template == "B"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(FormatError, match=r"tokenizer\.json: it is not a file"):
+        read_tokenizer_folder(tmp_path)
