@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import resource
 from collections.abc import Iterator, Mapping, Sequence
@@ -202,7 +203,7 @@ def test_matrices_of_several_formats_make_one_program(isa: str, mix: str) -> Non
     spec = SPECS[name]
     tokens = ids(75, spec)
     expected = twin_logits(name, mix)
-    for chunk, threads in ((75, 2), (40, 1), (3, 2), (1, 2)):
+    for chunk, threads in ((75, 2), (40, 1), (8, 3), (3, 2), (1, 2), (1, 16)):
         native = sequence_logits(make_program(spec, isa, mix=mix, threads=threads), spec, tokens, chunk)
         assert_the_twins(isa, native, expected)
 
@@ -238,10 +239,12 @@ def test_chunks_give_the_bits_of_the_whole(isa: str, name: str, chunk: int, mix:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("mix", ["4-bit", "bf16"])
-def test_long_contexts_split_over_threads_give_the_same_bits(isa: str, threads: int, mix: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "mix"), [("grouped", "4-bit"), ("grouped", "bf16"), ("many heads share a KV head", "bf16")]
+)
+def test_long_contexts_split_over_threads_give_the_same_bits(isa: str, threads: int, name: str, mix: str) -> None:
     """Past 512 positions a lone token's context is split over the threads; a chunk's is not."""
-    spec = SPECS["grouped"]
+    spec = dataclasses.replace(SPECS[name], max_position=2048)
     tokens = ids(1100, spec)
     whole = sequence_logits(make_program(spec, isa, threads=1, mix=mix), spec, tokens, chunk=400)
     program = make_program(spec, isa, threads=threads, mix=mix)
