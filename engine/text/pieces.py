@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from tokenizers.pre_tokenizers import ByteLevel
 
-from engine.errors import UnsupportedModelError
+from engine.errors import FormatError, UnsupportedModelError
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>", re.ASCII)
 
@@ -36,9 +36,13 @@ def token_pieces(tokenizer_json: str, tokens: Sequence[str]) -> Pieces:
     other (an added token with, say, a Greek letter) its own text. SentencePiece: a token gives its text with spaces for
     U+2581, and "<0xNN>", where the decoder has byte fallback, that byte.
 
-    Raises UnsupportedModelError for other decoders: in them a token's text may depend on its neighbours.
+    Raises UnsupportedModelError for other decoders: in them a token's text may depend on its neighbours. Raises
+    FormatError where `tokenizer_json` is not JSON.
     """
-    decoder = msgspec.json.decode(tokenizer_json, type=_Saved).decoder or {}
+    try:
+        decoder = msgspec.json.decode(tokenizer_json, type=_Saved).decoder or {}
+    except msgspec.MsgspecError as error:  # the tokenizers library reads some things that are not JSON
+        raise FormatError(f"tokenizer: {error}") from None
     steps = decoder.get("decoders", ()) if decoder.get("type") == "Sequence" else [decoder]
     kinds = [step.get("type", "none") for step in steps]
     if kinds == ["ByteLevel"]:

@@ -85,7 +85,9 @@ _KINDS = [0, 1, 2, 3, 4, 5, 6, 7, -1, 2**31 - 1]
 def _items(draw: st.DrawFn, old: list[str] | np.ndarray) -> object:
     """Another list of strings, or array, of nearly the same values."""
     items: list[Any] = list(old)
-    at = draw(st.integers(0, max(0, len(items) - 1)))
+    if not items:
+        return old
+    at = draw(st.integers(0, len(items) - 1))
     match draw(st.sampled_from(["change", "change", "cut", "double", "swap"])):
         case "change" if isinstance(old, np.ndarray):
             items[at] = old.dtype.type(

@@ -175,6 +175,12 @@ def test_a_tokenizer_without_a_decoder_is_unsupported() -> None:
         _ = Tokenizer(json.dumps(source)).pieces
 
 
+def test_a_source_that_the_library_reads_although_it_is_not_json() -> None:
+    source = byte_tokenizer().to_str().replace('{"version":"1.0",', '{"version":"1.0","1.0",')
+    with pytest.raises(FormatError, match=r"^tokenizer: JSON is malformed"):
+        _ = Tokenizer(source).pieces
+
+
 def test_truncation_and_padding_in_the_file_are_ignored() -> None:
     library = byte_tokenizer()
     library.enable_truncation(2)
