@@ -46,7 +46,7 @@ from hypothesis.strategies import SearchStrategy
 
 from engine.errors import FormatError, SeraphError
 
-LONGER = 40
+LONGER = 50
 MAX_SECONDS = 10.0
 """Of CPU time for one example. Honest ones take milliseconds; what this catches does not end at all."""
 MAX_STUCK_SECONDS = 120.0

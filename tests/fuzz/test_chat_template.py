@@ -36,19 +36,19 @@ def render(source: str) -> None:
         assert len(prompt.marked) <= sandbox.MAX_MADE * 2
 
 
-@fuzz(80, source=templates)
+@fuzz(50, source=templates)
 def test_random_templates_end_soon(folder: Path, source: str) -> None:
     before = time.process_time()
     render(source)
     assert time.process_time() - before < SLACK * UNIT_SECONDS * sandbox.MAX_WORK
 
 
-@fuzz(40, source=templates)
+@fuzz(24, source=templates)
 def test_random_templates_take_bounded_memory(folder: Path, source: str) -> None:
     assert peak_bytes(lambda: render(source)) < MADE_BYTES + (32 << 20)
 
 
-@fuzz(60, source=expressions)
+@fuzz(40, source=expressions)
 def test_no_expression_costs_more_than_it_pays_for(folder: Path, source: str) -> None:
     """The same one, until the budget is used up: where an operation is too cheap, this takes far too long."""
     prefix = "{% set ns = namespace(x='ab' * 5000) %}{% set a = 'a b' * 9999 %}{% set b = range(999) | list %}"
@@ -61,7 +61,7 @@ def test_no_expression_costs_more_than_it_pays_for(folder: Path, source: str) ->
     assert time.process_time() - before < SLACK * UNIT_SECONDS * (budget + 2 * sandbox.MAX_WORK // 20)
 
 
-@fuzz(200, source=st.text("{%}#-+ \n'<|x.[]()0in=for if end set raise_exception messages", max_size=80))
+@fuzz(100, source=st.text("{%}#-+ \n'<|x.[]()0in=for if end set raise_exception messages", max_size=80))
 def test_noise(folder: Path, source: str) -> None:
     render(source)
 
@@ -97,7 +97,7 @@ UNITS += [
 ]
 
 
-@fuzz(40, units=st.lists(st.sampled_from(UNITS), min_size=1, max_size=2), opened=st.booleans())
+@fuzz(25, units=st.lists(st.sampled_from(UNITS), min_size=1, max_size=2), opened=st.booleans())
 def test_sources_that_repeat_themselves(folder: Path, units: list[str], opened: bool) -> None:
     """What a lexer, a parser or a compiler answers to one thing thousands of times."""
     whole = ("{{ " if opened else "") + "".join(units) * 20_000
@@ -113,7 +113,7 @@ def benign(name: str) -> ChatTemplate:
 
 
 @fuzz(
-    300,
+    200,
     name=st.sampled_from(["chatml", "tools", "parts", "everything"]),
     messages=conversations,
     extra=st.fixed_dictionaries({}, optional={"tools": data, "documents": data, "enable_thinking": data}),

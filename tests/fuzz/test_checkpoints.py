@@ -45,14 +45,14 @@ def use(path: Path, quantization: str | None = None) -> None:
             assert text.decode(text.encode("Hello")).strip() in ("", "Hello")
 
 
-@fuzz(150, made=rearranged(), quantization=quantizations)
+@fuzz(100, made=rearranged(), quantization=quantizations)
 def test_gguf_files_that_say_something_else(folder: Path, made: Gguf, quantization: str | None) -> None:
     path = folder / "m.gguf"
     path.write_bytes(made.encode().data)
     use(path, quantization)
 
 
-@fuzz(80, data=damaged(tiny().encode()))
+@fuzz(60, data=damaged(tiny().encode()))
 def test_damaged_gguf_files(folder: Path, data: bytes) -> None:
     path = folder / "m.gguf"
     path.write_bytes(data)
@@ -91,22 +91,22 @@ def configuration() -> Any:
     return {**json.loads(files(1)["config.json"]), "rope_scaling": scaling, "sliding_window": None}
 
 
-@fuzz(120, config=st.deferred(lambda: changed(configuration()) | documents), quantization=quantizations)
+@fuzz(60, config=st.deferred(lambda: changed(configuration()) | documents), quantization=quantizations)
 def test_configurations(folder: Path, config: Any, quantization: str | None) -> None:
     use(put(folder, {**files(1), "config.json": encoded(config)}), quantization)
 
 
-@fuzz(80, index=st.deferred(lambda: changed(json.loads(files(2)["model.safetensors.index.json"])) | documents))
+@fuzz(60, index=st.deferred(lambda: changed(json.loads(files(2)["model.safetensors.index.json"])) | documents))
 def test_indexes(folder: Path, index: Any) -> None:
     use(put(folder, {**files(2), "model.safetensors.index.json": encoded(index)}))
 
 
-@fuzz(60, config=st.deferred(lambda: changed(json.loads(files(1)["generation_config.json"])) | documents))
+@fuzz(40, config=st.deferred(lambda: changed(json.loads(files(1)["generation_config.json"])) | documents))
 def test_generation_defaults(folder: Path, config: Any) -> None:
     use(put(folder, {**files(1), "generation_config.json": encoded(config)}))
 
 
-@fuzz(80, shards=st.sampled_from([1, 2]), data=st.data())
+@fuzz(60, shards=st.sampled_from([1, 2]), data=st.data())
 def test_damaged_files_of_a_folder(folder: Path, shards: int, data: st.DataObject) -> None:
     """Any file: missing, damaged, or another one's."""
     content = dict(files(shards))

@@ -70,7 +70,7 @@ def read(path: Path, first: bytes) -> None:
             text.decode(text.encode("Hello"))
 
 
-@fuzz(250, made=st.deferred(lambda: changed(header())))
+@fuzz(150, made=st.deferred(lambda: changed(header())))
 def test_headers_that_lie(folder: Path, made: Any) -> None:
     try:
         head = msgspec.msgpack.encode(made)
@@ -80,7 +80,7 @@ def test_headers_that_lie(folder: Path, made: Any) -> None:
     read(folder / "m.seraph", signed(head, magic, version, layout, len(head), size))
 
 
-@fuzz(150, head=st.deferred(lambda: damaged(sample())))
+@fuzz(100, head=st.deferred(lambda: damaged(sample())))
 def test_damaged_headers_with_a_checksum_that_fits(folder: Path, head: bytes) -> None:
     if len(head) >= HEADER_AT:
         magic, *numbers = PREFIX.unpack_from(head)

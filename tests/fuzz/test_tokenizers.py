@@ -104,7 +104,7 @@ def _items(draw: st.DrawFn, old: list[str] | np.ndarray) -> object:
     return np.array(items, old.dtype) if isinstance(old, np.ndarray) else items
 
 
-@fuzz(200, made=metadata())
+@fuzz(120, made=metadata())
 def test_gguf_metadata(folder: Path, made: dict[str, object]) -> None:
     path = folder / "m.gguf"
     with ours(path=path):
@@ -149,17 +149,17 @@ def read(folder: Path, files: dict[str, bytes]) -> None:
             use(info)
 
 
-@fuzz(250, made=st.deferred(lambda: changed(tokenizer_json())))
+@fuzz(150, made=st.deferred(lambda: changed(tokenizer_json())))
 def test_tokenizer_json(folder: Path, made: Any) -> None:
     read(folder, {"tokenizer.json": encoded(made)})
 
 
-@fuzz(100, data=st.deferred(lambda: damaged(Sample(encoded(tokenizer_json())))))
+@fuzz(60, data=st.deferred(lambda: damaged(Sample(encoded(tokenizer_json())))))
 def test_damaged_tokenizer_json(folder: Path, data: bytes) -> None:
     read(folder, {"tokenizer.json": data})
 
 
-@fuzz(150, name=st.sampled_from(sorted(CONFIGS)), data=st.data(), with_model=st.booleans())
+@fuzz(80, name=st.sampled_from(sorted(CONFIGS)), data=st.data(), with_model=st.booleans())
 def test_configurations(folder: Path, name: str, data: st.DataObject, with_model: bool) -> None:
     files = {other: encoded(config) for other, config in CONFIGS.items() if other == name or not with_model}
     files[name] = encoded(data.draw(changed(CONFIGS[name]) | documents))
@@ -170,12 +170,12 @@ def test_configurations(folder: Path, name: str, data: st.DataObject, with_model
     read(folder, files)
 
 
-@fuzz(200, name=st.sampled_from(["llama", "defaults", "user_defined"]), data=st.data())
+@fuzz(120, name=st.sampled_from(["llama", "defaults", "user_defined"]), data=st.data())
 def test_tokenizer_model(folder: Path, name: str, data: st.DataObject) -> None:
     read(folder, {"tokenizer.model": data.draw(damaged(Sample(model_path(name).read_bytes())))})
 
 
-@fuzz(40, data=st.data())
+@fuzz(25, data=st.data())
 def test_memory(folder: Path, data: st.DataObject) -> None:
     model = data.draw(damaged(Sample(model_path("llama").read_bytes())))
     assert peak_bytes(lambda: read(folder, {"tokenizer.model": model})) < (8 << 20) + 100 * len(model)

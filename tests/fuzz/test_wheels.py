@@ -63,12 +63,12 @@ def unpack(folder: Path, data: bytes) -> None:
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 
 
-@fuzz(250, method=st.sampled_from(METHODS), data=st.data())
+@fuzz(150, method=st.sampled_from(METHODS), data=st.data())
 def test_damaged_wheels(folder: Path, method: int, data: st.DataObject) -> None:
     unpack(folder, data.draw(damaged(sample(method))))
 
 
-@fuzz(100, method=st.sampled_from(METHODS), data=st.data())
+@fuzz(50, method=st.sampled_from(METHODS), data=st.data())
 def test_memory_of_damaged_wheels(folder: Path, method: int, data: st.DataObject) -> None:
     wheel = data.draw(damaged(sample(method)))
     assert peak_bytes(lambda: unpack(folder, wheel)) < (16 << 20)
