@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from engine.errors import FormatError
 
@@ -77,7 +78,7 @@ def defaults_from_config(values: Mapping[str, object], path: Path | str) -> dict
 
 
 def defaults_from_gguf(metadata: Mapping[str, object], path: Path) -> dict[str, float]:
-    """The same from GGUF metadata."""
+    """The same from GGUF metadata, which name the file's keys in their own way."""
     return _known(metadata, _GGUF_KEYS, "general.sampling.", path)
 
 
@@ -88,10 +89,15 @@ def _known(values: Mapping[str, object], names: Mapping[str, str], prefix: str, 
         if value is None:
             continue
         key = _KEYS[name]
-        wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-        if wrong or not key.ok(value) or (key.whole and value != int(value)):  # type: ignore[arg-type,call-overload]
+        if not _is_number(value) or not key.ok(value) or (key.whole and value != int(value)):
             raise FormatError(f"{prefix}{stored} must be {key.allowed}, found {value!r}"[:300], path=path)
-        assert isinstance(value, (int, float))
         if value != key.off:
             found[key.name] = int(value) if key.whole else float(value)
     return found
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
