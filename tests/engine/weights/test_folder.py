@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,6 @@ from engine.weights.folder import INDEX, WHOLE, FolderCheckpoint, files_of
 from engine.weights.strict_json import MAX_JSON_BYTES
 from tests.tiny_gguf import CHAT_TEMPLATE
 from tests.tiny_hf import TinyFolder, encode, write_safetensors
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -335,44 +332,3 @@ def test_a_change_in_any_file_is_packed_again(folder: Path, tmp_path: Path, name
     second = load_model(str(folder), home=tmp_path / "home")
     assert (second.path, second.source.sha256) == (first.path, first.source.sha256)
     assert second.source.stamp != first.source.stamp
-
-
-LOAD_AND_MEASURE = """
-import sys
-from pathlib import Path
-from engine.weights import load_model
-from engine.weights.checkpoint import open_checkpoint
-from engine.weights.convert import convert
-
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
-
-warm, cold, home, quantization = sys.argv[1:]
-load_model(warm, home=Path(home), quantization=quantization).close()  # modules, tables, the allocator's own
-before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-model = load_model(cold, home=Path(home), quantization=quantization)
-print(before, status("VmHWM"), model.nbytes)
-"""
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_loading_needs_at_most_the_packed_size_and_one_tensor(folder: Path, tmp_path: Path, quantization: str) -> None:
-    """A checkpoint of 53 MB in float32, whose largest tensor has 15 MB: the memory of a process of its own, the pages
-    of what it maps included, grows by no more than what it loads and that tensor."""
-    model = TinyFolder(hidden=512, layers=4, heads=8, kv_heads=4, head_dim=64, ffn=1024, vocab=7680, dtype="F32")
-    model.write(folder, shards=2)
-    TinyFolder().write(tmp_path / "warm")
-    largest = max(values.nbytes for values in model.tensors.values())
-    arguments = [str(tmp_path / "warm"), str(folder), str(tmp_path / "home"), quantization]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_MEASURE, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    before, peak, packed = map(int, done.stdout.split())
-    assert peak - before <= packed + largest
