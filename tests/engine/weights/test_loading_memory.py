@@ -24,7 +24,6 @@ SLACK = 8 << 20
 LOAD_AND_MEASURE = """
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
