@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import Limits, cpu_name, measure_limits, parse_options, write_json
-from engine.config import DEFAULT_MODEL, EngineConfig
+from benchmarks.models import add_model_options, described, load
+from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.request import Request, SamplingParams
-from engine.weights import PackedModel, load_model
-from engine.weights.progress_bar import RichProgress
+from engine.weights import PackedModel
 
 STREAMS = (1, 4, 16, 32)
 DECODE_PROMPT = 32  # tokens each stream starts from
@@ -56,6 +56,7 @@ class Load:
         )
         self.core = EngineCore(config, model)
         self.model = model.name
+        self.title = described(model)
         self.rng = np.random.default_rng(SEED)
         self.read_limit, self.int8_limit = limits.read_gbs[threads], limits.int8_tops[threads]
         spec = model.info.spec
@@ -145,7 +146,7 @@ def median(same: list[Measurement]) -> Measurement:
 
 def table_of(measurements: list[Measurement], load: Load, isa: str, threads: int) -> Table:
     table = Table(
-        title=f"{load.model}, {isa}, {threads} threads, {cpu_name()}",
+        title=f"{load.title}, {isa}, {threads} threads, {cpu_name()}",
         caption=f"limits: {load.read_limit:.1f} GB/s read, {load.int8_limit:.3f} Tops/s int8",
     )
     for column in ("load", "tok/s", "ms", "overhead ms", "used", "share of limit"):
@@ -165,22 +166,22 @@ def table_of(measurements: list[Measurement], load: Load, isa: str, threads: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="alias or source (default: %(default)s)")
+    add_model_options(parser)
     args = parse_options(parser)
     isa: str = args.isa
 
-    with RichProgress() as bars:
-        model = load_model(args.model, progress=bars)
+    model = load(parser, args)
     limits = measure_limits(isa, args.threads, args.repeats)
-    load = Load(model, limits, isa=isa, threads=args.threads)
+    loaded = Load(model, limits, isa=isa, threads=args.threads)
     try:
-        measurements = measure(load, args.repeats)
+        measurements = measure(loaded, args.repeats)
     finally:
-        load.core.close()
+        loaded.core.close()
         model.close()
-    Console(width=140).print(table_of(measurements, load, isa, args.threads))
+    Console(width=140).print(table_of(measurements, loaded, isa, args.threads))
     if args.json:
-        figures = {"cpu": cpu_name(), "model": model.name, "isa": isa, "threads": args.threads}
+        figures = {"cpu": cpu_name(), "model": model.name, "quantization": args.quantization}
+        figures |= {"isa": isa, "threads": args.threads}
         figures |= {"limits": asdict(limits), "loads": [asdict(m) for m in measurements]}
         write_json(args.json, figures)
 

@@ -62,18 +62,22 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
-def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line with the options that every benchmark has; `isa` comes back resolved to a native build."""
+def parse_options(parser: argparse.ArgumentParser, *, repeated: bool = True) -> argparse.Namespace:
+    """Parse the command line with the options that every benchmark has; `isa` comes back resolved to a native build.
+
+    `repeated`: whether figures are medians, whose number of measurements is an option then.
+    """
     parser.add_argument("--isa", default="auto", help=f"auto or one of {', '.join(available_isas())}")
     parser.add_argument("--threads", type=int, default=available_cpus(), help="default: every CPU of this process")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is shown")
+    if repeated:
+        parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is shown")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     try:
         args.isa = select_isa(args.isa)
     except ConfigError as error:
         parser.error(str(error))
-    if args.isa == "reference" or args.threads < 1 or args.repeats < 1:
+    if args.isa == "reference" or args.threads < 1 or (repeated and args.repeats < 1):
         parser.error("a native build, at least one thread and at least one repeat are needed")
     return args
 

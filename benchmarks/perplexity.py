@@ -1,16 +1,28 @@
-"""How well a program predicts a text: the one figure that every rounding in weights and arithmetic shows in."""
+"""How well a program predicts a text: the one figure that every rounding in weights and arithmetic shows in.
+
+`python -m benchmarks.perplexity TEXT` says it of a model and a file; `--help` tells the rest.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from benchmarks.machine import cpu_name, parse_options, write_json
+from benchmarks.models import add_model_options, described, load
 from engine.config import BLOCK_SIZE
+from engine.kernels import create_program
 from engine.kernels.batch import Program, StepBatch
 from engine.models.spec import DecoderSpec
+
+WINDOW = 1024
 
 CHUNK = 256
 """Tokens of one step; bounds the logits buffer."""
@@ -72,3 +84,44 @@ def _nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.
     masses: NDArray[np.float64] = logits.sum(axis=1, dtype=np.float64)
     nll: NDArray[np.float64] = np.log(masses) - chosen
     return nll
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexity of a model on a text, each window from an empty context.")
+    parser.add_argument("text", type=Path, help="a file in UTF-8")
+    parser.add_argument("--window", type=int, default=WINDOW, help="tokens read together (default: %(default)s)")
+    add_model_options(parser)
+    args = parse_options(parser, repeated=False)
+
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read {args.text}: {error}")
+    model = load(parser, args)
+    spec = model.info.spec
+    if not 2 <= args.window <= spec.max_position:
+        parser.error(f"--window must be from 2 to the model's {spec.max_position} positions, got {args.window}")
+    token_ids = Tokenizer.from_str(model.info.tokenizer_json).encode(text, add_special_tokens=False).ids
+    if len(token_ids) < 2:
+        parser.error(f"{args.text} must hold at least 2 tokens, got {len(token_ids)}")
+    num_blocks = -(-args.window // BLOCK_SIZE)
+    program = create_program(spec, model.weights, num_blocks=num_blocks, threads=args.threads, isa=args.isa)
+    start = time.perf_counter()
+    try:
+        value = perplexity(program, spec, token_ids, args.window)
+    finally:
+        program.close()
+        model.close()
+    rate = len(token_ids) / (time.perf_counter() - start)
+    print(
+        f"{described(model)}, {args.isa}: perplexity {value:.4f} of {len(token_ids)} tokens in windows of "
+        f"{args.window} ({rate:.0f} tok/s)"
+    )
+    if args.json:
+        figures = {"cpu": cpu_name(), "model": model.name, "quantization": args.quantization, "isa": args.isa}
+        figures |= {"text": args.text.name, "tokens": len(token_ids), "window": args.window, "perplexity": value}
+        write_json(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()
