@@ -203,6 +203,11 @@ def _is_tied(keys: Keys, description: Description) -> bool:
     """Whether the embedding is the head too. A head of its own counts even where the configuration denies it."""
     embed, head = _HUGGINGFACE_NAMES["embed"], _HUGGINGFACE_NAMES["head"]
     if not keys.flag("tie_word_embeddings", default=False):
+        if head not in description.shapes:
+            said = "absent, which is false" if keys.get("tie_word_embeddings") is None else "false"
+            raise UnsupportedModelError(
+                f"{head} must be there where tie_word_embeddings is {said}: without it the checkpoint has no head."
+            )
         return False
     if head not in description.shapes or description.same(embed, head):
         return True

@@ -143,9 +143,15 @@ def _file_names(folder: Path, weight_map: Mapping[str, str] | None) -> list[str]
         return [WHOLE]
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(found) != 1:
-        there = f"found {', '.join(found[:5])} without an index" if found else "found none"
+        there = f"found {', '.join(found[:5])} without an index" if found else _instead(folder)
         raise SourceError(f"{folder}: expected {WHOLE}, {INDEX} or one *.safetensors file, {there}.")
     return found
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors holds in their place."""
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    return f"found {pickles[0]}: a pickle can run code, so none is read" if pickles else "found none"
 
 
 def _need_complete(folder: Path, weight_map: Mapping[str, str] | None, found: Mapping[str, SafetensorsFile]) -> None:

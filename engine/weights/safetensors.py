@@ -33,6 +33,8 @@ _ITEM_BYTES: Mapping[str, int] = {
 """Bytes of one value of each type of whole bytes; which of them we load, `tensor_types` says."""
 
 _LENGTH = struct.Struct("<Q")
+_LFS_POINTER = b"version "
+"""How the text begins that a repository has where Git LFS did not fetch the file."""
 _Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 
 
@@ -106,10 +108,12 @@ class SafetensorsFile:
 def _read_header(file: io.BufferedReader, path: Path, size: int) -> dict[str, SafeTensor]:
     if size < _LENGTH.size:
         raise FormatError(f"expected a header length of {_LENGTH.size} bytes, the file has {size}", path=path, offset=0)
-    (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+    first = file.read(_LENGTH.size)
+    (length,) = _LENGTH.unpack(first)
     limit = min(size - _LENGTH.size, MAX_JSON_BYTES)
     if length > limit:
-        raise FormatError(f"expected a header of at most {limit} bytes, found {length}", path=path, offset=0)
+        hint = ": this is a Git LFS pointer, `git lfs pull` gets the file" if first == _LFS_POINTER else ""
+        raise FormatError(f"expected a header of at most {limit} bytes, found {length}{hint}", path=path, offset=0)
     table = decode_object(file.read(length), path, offset=_LENGTH.size)
     table.pop("__metadata__", None)  # free text of whoever wrote the file
     start = _LENGTH.size + length

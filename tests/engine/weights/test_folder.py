@@ -17,8 +17,8 @@ from engine.weights.checkpoint import open_checkpoint
 from engine.weights.convert import convert
 from engine.weights.folder import INDEX, WHOLE, FolderCheckpoint, files_of
 from engine.weights.strict_json import MAX_JSON_BYTES
-from tests.tiny_gguf import CHAT_TEMPLATE
-from tests.tiny_hf import TinyFolder, encode, write_safetensors
+from tests.tiny_gguf import CHAT_TEMPLATE, VOCAB
+from tests.tiny_hf import TinyFolder, encode, tokenizer_json, write_safetensors
 
 
 @pytest.fixture
@@ -155,6 +155,25 @@ def overwrite(name: str, content: str | bytes) -> Callable[[Path], object]:
 
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+
+
+def truncate(name: str, num_bytes: int) -> Callable[[Path], object]:
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - num_bytes)
+
+
+def replace_by_folder(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    for i, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        path.rename(folder / f"pytorch_model-{i + 1:05}.bin")
 
 
 def add_tensor(file: str, name: str) -> Callable[[Path], object]:
@@ -209,7 +228,12 @@ def add_tensor(file: str, name: str) -> Callable[[Path], object]:
         (add_tensor(FIRST, "model.norm.weight"), FormatError, rf"{SECOND}: tensor .*norm.weight' is also in {FIRST}"),
         (add_tensor(FIRST, "model.extra"), UnsupportedModelError, "tensors that are not supported: model.extra"),
         (overwrite(SECOND, b"1234"), FormatError, rf"{SECOND} at byte 0: expected a header length of 8 bytes"),
+        (overwrite(FIRST, LFS_POINTER), FormatError, rf"{FIRST} at byte 0: .* Git LFS pointer, `git lfs pull`"),
+        (truncate(SECOND, 10), FormatError, rf"{SECOND} at byte 8: tensor .* lies at .* it is truncated"),
         (lambda folder: (folder / FIRST).unlink(), SourceError, rf"cannot open .*{FIRST}: No such file"),
+        (replace_by_folder(FIRST), SourceError, rf"cannot open .*{FIRST}: it is not a file"),
+        (lambda folder: (folder / INDEX).unlink(), SourceError, rf"found {FIRST}, {SECOND} without an index"),
+        (only_pickles, SourceError, rf"expected {WHOLE}, {INDEX} or .*, found pytorch_model-00001.bin: a pickle"),
         (lambda folder: (folder / "tokenizer.json").unlink(), ModelError, r"tokenizer.json"),
         (overwrite("generation_config.json", "[]"), FormatError, "generation_config.json: .* JSON object, found list"),
     ],
@@ -301,6 +325,132 @@ def test_weights_that_cannot_be_used_are_named(
     model.write(folder)
     with pytest.raises(error, match=message):
         packed_bytes(folder, quantization)
+
+
+def untied(model: TinyFolder) -> None:
+    model.config["tie_word_embeddings"] = False
+
+
+def head(vocab: int) -> Callable[[TinyFolder], object]:
+    """Add a head of its own, with so many rows."""
+
+    def change(model: TinyFolder) -> None:
+        model.tensors["lm_head.weight"] = np.ones((vocab, 64), np.float32)
+        model.types["lm_head.weight"] = "BF16"
+
+    return change
+
+
+def add(name: str, *shape: int) -> Callable[[TinyFolder], object]:
+    def change(model: TinyFolder) -> None:
+        model.tensors[name], model.types[name] = np.ones(shape, np.float32), "F32"
+
+    return change
+
+
+def configure(**values: object) -> Callable[[TinyFolder], object]:
+    return lambda model: model.config.update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (untied, UnsupportedModelError, "lm_head.weight must be there where tie_word_embeddings is false"),
+        (
+            lambda model: model.config.pop("tie_word_embeddings"),
+            UnsupportedModelError,
+            "lm_head.weight must be there where tie_word_embeddings is absent, which is false",
+        ),
+        (head(300), FormatError, r"tensor lm_head.weight: expected shape \[307, 64\], found \[300, 64\]"),
+        (configure(vocab_size=500), UnsupportedModelError, "vocab_size is 500, but .*embed_tokens.weight has 307 rows"),
+        (
+            configure(hidden_size=128),
+            FormatError,
+            r"embed_tokens.weight: expected shape \[307, 128\], found \[307, 64\]",
+        ),
+        (configure(num_key_value_heads=1), FormatError, r"k_proj.weight: expected shape \[16, 64\], found \[32, 64\]"),
+        (
+            configure(intermediate_size=128),
+            FormatError,
+            r"gate_proj.weight: expected shape \[128, 64\], found \[96, 64\]",
+        ),
+        (configure(eos_token_id=[2, 307]), FormatError, "eos_token_id must hold ids of the vocabulary, found 307"),
+        (
+            configure(quantization_config={"quant_method": "gptq", "bits": 4}),
+            UnsupportedModelError,
+            "quantization_config must be absent, the checkpoint has quant_method 'gptq'",
+        ),
+        (
+            configure(model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+            UnsupportedModelError,
+            "model_type must be one of llama, mistral, the checkpoint has 'qwen2'",
+        ),
+        (
+            configure(architectures=["LlamaForSequenceClassification"]),
+            UnsupportedModelError,
+            r"ForCausalLM: only these write text, got \['LlamaForSequenceClassification'\]",
+        ),
+        (
+            add("model.layers.1.self_attn.q_proj.bias", 64),
+            UnsupportedModelError,
+            "tensors that are not supported: model.layers.1.self_attn.q_proj.bias",
+        ),
+        (
+            add("model.layers.2.mlp.up_proj.weight", 96, 64),
+            UnsupportedModelError,
+            "tensors that are not supported: model.layers.2.mlp.up_proj.weight",
+        ),
+    ],
+)
+def test_configurations_that_contradict_the_weights(
+    folder: Path, change: Callable[[TinyFolder], object], error: type[ModelError], message: str
+) -> None:
+    model = TinyFolder()
+    change(model)
+    model.write(folder)
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(error, match=message):
+        load_model(str(folder), home=folder.with_name("home"))
+    assert not list((folder.with_name("home") / "packed").glob("*.seraph*"))
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_tokenizer_of_another_size_than_the_embedding(folder: Path) -> None:
+    TinyFolder().write(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json(VOCAB + 13))
+    with pytest.raises(FormatError, match="the tokenizer has 320 tokens, the embedding 307 rows"):
+        packed_bytes(folder)
+    # Rows beyond the tokenizer's are padding, which many checkpoints have.
+    TinyFolder(vocab=VOCAB + 13).write(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json(VOCAB))
+    assert load_model(str(folder), home=folder.with_name("home")).info.spec.vocab_size == VOCAB + 13
+
+
+def test_tied_and_untied(folder: Path) -> None:
+    model = TinyFolder()
+    tied = packed_bytes(model.write(folder))
+    assert "head" not in tied
+    embed = "model.embed_tokens.weight"
+    model.tensors["lm_head.weight"], model.types["lm_head.weight"] = model.tensors[embed].copy(), model.types[embed]
+    assert packed_bytes(model.write(folder)) == tied  # a copy of the embedding is not kept twice
+    untied(model)
+    copied = packed_bytes(model.write(folder))
+    assert copied == {**tied, "head": tied["embed"]}
+    model.tensors["lm_head.weight"][5] += 1
+    model.config["tie_word_embeddings"] = True
+    own = packed_bytes(model.write(folder))
+    assert own["embed"] == tied["embed"] != own["head"]
+
+
+def test_a_shard_may_hold_more_than_the_index_says(folder: Path) -> None:
+    """Readers of shards take all that is in them, the index only names the files."""
+    expected = packed_bytes(TinyFolder().write(folder, shards=2))
+    index = json.loads((folder / INDEX).read_text())
+    one_of_each = {file: name for name, file in index["weight_map"].items()}
+    index["weight_map"] = {name: file for file, name in one_of_each.items()}
+    assert len(index["weight_map"]) == 2
+    (folder / INDEX).write_text(json.dumps(index))
+    assert packed_bytes(folder) == expected
 
 
 def test_load_model(folder: Path, tmp_path: Path) -> None:
