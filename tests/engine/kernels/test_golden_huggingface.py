@@ -157,9 +157,9 @@ def test_default_folder_native(
 
 @pytest.mark.full
 def test_quantized_perplexity(default_folder: Path, make_program: ProgramFactory) -> None:
-    """What each quantization loses over the whole text. Rounding weights to
-    bfloat16 is part of what "none" loses, activations of 8 bits are most of what the others do. Most groups of these
-    weights had 16 levels before, so "int4" has less to lose here than of weights that nobody quantized."""
+    """What each quantization loses over the whole text. Rounding weights to bfloat16 is part of what "none" loses,
+    activations of 8 bits are most of what the others do. Most groups of these weights had 16 levels before, so "int4"
+    has less to lose here than of weights that nobody quantized."""
     with np.load(GOLDEN / "default_perplexity.npz") as file:
         golden = dict(file)
     window = int(golden["window"])
