@@ -112,8 +112,9 @@ def test_native(packed: Packed, program_factory: ProgramFactory) -> None:
     program = program_factory(packed.spec, packed.model.weights, num_blocks=NUM_BLOCKS)
     native = packed.logits(program)
     packed.assert_near(native)
-    if program.isa == "portable":  # without fused multiply-adds
-        assert cosines(native, packed.twin_logits).mean() >= 0.9999
+    if program.isa == "portable":
+        # Without fused multiply-adds an activation may round to the next of its 8 bits, and then the two drift apart.
+        assert cosines(native, packed.twin_logits).mean() >= (0.999999 if packed.quantization == "none" else 0.9995)
     else:
         np.testing.assert_array_equal(native, packed.twin_logits)
 
