@@ -16,7 +16,7 @@ from engine.models.recipe import Part, Recipe
 from engine.models.spec import ModelInfo
 from engine.weights.checkpoint import Checkpoint, StoredTensor, read_vector
 from engine.weights.pack import TensorWriter
-from engine.weights.quantize import FLOAT_TARGETS, MAX_QUANTIZED, quantize
+from engine.weights.quantize import FLOAT_CORRECTION, MAX_QUANTIZED, quantize
 from engine.weights.tensor_types import FLOAT_TYPES, QUANTIZED_TYPES, Quantized
 
 CHUNK_VALUES = 1 << 20
@@ -127,7 +127,7 @@ def _format(recipe: Recipe, types: list[str], quantization: str | None) -> Matri
     bits = max((kind.bits for kind in stored), default=4)
     if len(stored) < len(types):
         bits = max(bits, 4 if quantization == "int4" and recipe.name not in _VOCABULARY else 8)
-        corrections.append(FLOAT_TARGETS[bits])
+        corrections.append(FLOAT_CORRECTION)
     return MatrixFormat(n, k, bits, max(corrections))
 
 

@@ -257,12 +257,12 @@ def test_merged_parts_of_different_types_keep_every_weight(
     ("q", "v", "quantization", "bits", "correction"),
     [
         ("F32", "Q4_1", None, 8, Correction.MIN),
-        ("F16", "Q8_0", None, 8, Correction.ZERO_POINT),
-        ("F16", "Q4_0", None, 8, Correction.ZERO_POINT),
-        ("BF16", "Q4_0", "int8", 8, Correction.ZERO_POINT),
+        ("F16", "Q8_0", None, 8, Correction.MIN),
+        ("F16", "Q4_0", None, 8, Correction.MIN),
+        ("BF16", "Q4_0", "int8", 8, Correction.MIN),
         ("BF16", "Q4_0", "int4", 4, Correction.MIN),
         ("BF16", "Q4_1", "int4", 4, Correction.MIN),
-        ("F32", "Q8_0", "int4", 8, Correction.ZERO_POINT),
+        ("F32", "Q8_0", "int4", 8, Correction.MIN),
     ],
 )
 def test_float_parts_merged_with_quantized_ones(
@@ -281,20 +281,20 @@ def test_float_weights_are_quantized_on_request(tmp_path: Path, kind: str, tie: 
     _, formats = assert_carried(path, "none")
     assert kinds_of(formats) == {(16, Correction.NONE)}
     _, formats = assert_carried(path, "int8", lambda name: 8)
-    assert kinds_of(formats) == {(8, Correction.ZERO_POINT)}
+    assert kinds_of(formats) == {(8, Correction.MIN)}
     vocabulary = {"token_embd.weight", "output.weight"}
     _, formats = assert_carried(path, "int4", lambda name: 8 if name in vocabulary else 4)
     for name, fmt in formats.items():
         if fmt is not None:
             bits = 8 if name in ("embed", "head") else 4
-            assert (fmt.bits, fmt.correction) == (bits, Correction.ZERO_POINT if bits == 8 else Correction.MIN), name
+            assert (fmt.bits, fmt.correction) == (bits, Correction.MIN), name
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_only_what_is_float_is_quantized(tmp_path: Path, quantization: str) -> None:
     path = TinyLlama(quant="Q4_0", mix={"token_embd.*": "F16"}).write(tmp_path / "m.gguf")
     _, formats = assert_carried(path, quantization, lambda name: 8)
-    assert formats["embed"] == MatrixFormat(307, 64, 8, Correction.ZERO_POINT)
+    assert formats["embed"] == MatrixFormat(307, 64, 8, Correction.MIN)
     assert formats["layers.0.o"] == MatrixFormat(64, 64, 4, Correction.ZERO_POINT)
 
 
