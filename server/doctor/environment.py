@@ -25,7 +25,6 @@ DISTRIBUTIONS = (
     "pydantic",
     "pyzmq",
     "rich",
-    "safetensors",
     "starlette",
     "tokenizers",
     "typer",
