@@ -9,9 +9,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
-from engine.errors import SourceError
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import FormatError, SourceError
 
 logger = logging.getLogger(__name__)
 
@@ -102,3 +106,20 @@ def publish(temporary: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def read_rows(
+    file: BufferedReader, path: Path, name: str, offset: int, num_rows: int, row_bytes: int
+) -> NDArray[np.uint8]:
+    """The bytes from `offset` on as uint8 [num_rows, row_bytes]. Raises FormatError, which names the tensor, where the
+    file has fewer than when its header was read."""
+    raw = np.empty((num_rows, row_bytes), np.uint8)
+    file.seek(offset)
+    got = file.readinto(raw.reshape(-1).data)
+    if got != raw.nbytes:
+        raise FormatError(
+            f"tensor {name}: expected {raw.nbytes} bytes, got {got}: the file shrank while it was read",
+            path=path,
+            offset=offset,
+        )
+    return raw

@@ -25,6 +25,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuant
 from numpy.typing import NDArray
 
 from engine.errors import FormatError, SourceError
+from engine.weights.files import read_rows
 
 VERSIONS = (2, 3)
 MAX_DIMS = 4
@@ -97,17 +98,8 @@ class GgufFile:
         """The raw bytes of rows [start, stop) of a tensor (a vector is one row), uint8 [rows, row bytes]."""
         num_rows = math.prod(tensor.shape[:-1])
         assert 0 <= start <= stop <= num_rows, (tensor, start, stop)
-        raw = np.empty((stop - start, tensor.row_bytes), np.uint8)
         offset = tensor.offset + start * tensor.row_bytes
-        self._file.seek(offset)
-        got = self._file.readinto(raw.reshape(-1).data)
-        if got != raw.nbytes:
-            raise FormatError(
-                f"tensor {tensor.name}: expected {raw.nbytes} bytes, got {got}: the file shrank while it was read",
-                path=self.path,
-                offset=offset,
-            )
-        return raw
+        return read_rows(self._file, self.path, tensor.name, offset, stop - start, tensor.row_bytes)
 
     def sha256(self) -> str:
         """Of the whole file, in hexadecimal."""

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import FormatError, SourceError
+from engine.weights.files import read_rows
 from engine.weights.strict_json import MAX_JSON_BYTES, decode_object
 
 MAX_DIMS = 8
@@ -88,17 +89,8 @@ class SafetensorsFile:
     def read_rows(self, tensor: SafeTensor, start: int, stop: int) -> NDArray[np.uint8]:
         """The raw bytes of rows [start, stop) of a tensor (a vector is one row), uint8 [rows, row bytes]."""
         assert 0 <= start <= stop <= tensor.num_rows, (tensor, start, stop)
-        raw = np.empty((stop - start, tensor.row_bytes), np.uint8)
         offset = tensor.offset + start * tensor.row_bytes
-        self._file.seek(offset)
-        got = self._file.readinto(raw.reshape(-1).data)
-        if got != raw.nbytes:
-            raise FormatError(
-                f"tensor {tensor.name}: expected {raw.nbytes} bytes, got {got}: the file shrank while it was read",
-                path=self.path,
-                offset=offset,
-            )
-        return raw
+        return read_rows(self._file, self.path, tensor.name, offset, stop - start, tensor.row_bytes)
 
     def close(self) -> None:
         """Idempotent."""
