@@ -4,7 +4,7 @@ The template comes from the model or the operator, never from a request. What a 
 cannot make control tokens (see stand_ins.py).
 
 Neither can the template do harm: what it may call, how long it runs and how much memory it takes are bounded (see
-sandbox.py).
+sandbox/).
 """
 
 from __future__ import annotations
@@ -146,7 +146,11 @@ class ChatTemplate:
         return prepared
 
     @staticmethod
-    def _texts(content: Sequence[Any], where: str) -> list[str]:
+    def _texts(content: object, where: str) -> list[str]:
+        if not isinstance(content, list | tuple):
+            raise RequestError(
+                f"{where} must be a string or a list of parts, got {type(content).__name__}.", param=where
+            )
         texts = []
         for i, part in enumerate(content):
             text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None

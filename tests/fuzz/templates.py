@@ -139,6 +139,8 @@ _NAMES = (
     "loop",
 )
 
+_KEYWORDS = ("attribute", "default", "old", "new", "seq", "other", "start", "width", "length", "indent", "d", "chars")
+
 _atoms = st.one_of(*(st.sampled_from(choices) for choices in (_VARIABLES, _NUMBERS, _STRINGS)))
 
 
@@ -149,7 +151,9 @@ def _compound(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         st.builds("({} {} {})".format, inner, st.sampled_from(_OPERATORS), inner),
         st.builds("({} | {})".format, inner, st.sampled_from(_FILTERS)),
         st.builds("({} | {}({}))".format, inner, st.sampled_from(_FILTERS), arguments),
+        st.builds("({} | {}({}={}))".format, inner, st.sampled_from(_FILTERS), st.sampled_from(_KEYWORDS), inner),
         st.builds("({} | map('{}') | list)".format, inner, st.sampled_from(_FILTERS)),
+        st.builds("({} is {}({}={}))".format, inner, st.sampled_from(_TESTS), st.sampled_from(_KEYWORDS), inner),
         st.builds("({} is {})".format, inner, st.sampled_from(_TESTS)),
         st.builds("({}).{}({})".format, inner, st.sampled_from(_METHODS), arguments),
         st.builds("({}).{}".format, inner, attributes),
@@ -182,7 +186,6 @@ def _blocks(body: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         st.builds("{{% filter {} %}}{}{{% endfilter %}}".format, st.sampled_from(_FILTERS), many),
         st.builds("{{% call m({}) %}}{}{{% endcall %}}".format, expressions, many),
         st.builds("{{% with a = {} %}}{}{{% endwith %}}".format, expressions, many),
-        st.builds("{{% autoescape true %}}{}{{% endautoescape %}}".format, many),
         st.builds("{{% generation %}}{}{{% endgeneration %}}".format, many),
     )
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from engine.errors import FormatError, RequestError
 from engine.text import ChatTemplate, sandbox
+from engine.text.sandbox.costs import FILTERS
 from tests.fuzz.harness import fuzz, limited, ours, peak_bytes
 from tests.fuzz.templates import conversations, data, expressions, templates
 from tests.golden.texts import TOOL_TEMPLATE
@@ -28,6 +29,19 @@ SLACK = 5
 UNIT_SECONDS = 20e-9
 MADE_BYTES = 4 * sandbox.MAX_MADE
 """What a rendering may hold: four bytes for each character that it may make."""
+
+
+DEEP = [
+    # Each reads far more than its own text: by a name instead of a place, along a path, in a literal.
+    "'ab' is in(seq=h)",
+    "['ab'] | select('in', seq=h) | list",
+    "(a * 9) | trim('c' * 99999 ~ ' ab')",
+    "([{}] * 999) | map(attribute=p, default={}) | list",
+    "([{'a': {}}] * 999) | groupby(p, default={}) | list",
+    "a | max",
+    "a | unique | list | length",
+    "(ns.x ~ 'b') in '" + "a" * 50_000 + "'",
+]
 
 
 def render(source: str) -> None:
@@ -50,8 +64,18 @@ def test_random_templates_take_bounded_memory(folder: Path, source: str) -> None
 
 @fuzz(40, source=expressions)
 def test_no_expression_costs_more_than_it_pays_for(folder: Path, source: str) -> None:
-    """The same one, until the budget is used up: where an operation is too cheap, this takes far too long."""
+    repeat(source)
+
+
+@pytest.mark.parametrize("source", DEEP)
+def test_what_takes_long_costs_much(source: str) -> None:
+    repeat(source)
+
+
+def repeat(source: str) -> None:
+    """The same expression until the budget is used up: where an operation is too cheap, this takes far too long."""
     prefix = "{% set ns = namespace(x='ab' * 5000) %}{% set a = 'a b' * 9999 %}{% set b = range(999) | list %}"
+    prefix += "{% set h = 'a' * 1000000 %}{% set p = 'a.' * 9999 ~ 'a' %}"
     budget = sandbox.MAX_WORK // 10
     before = time.process_time()
     with ours():
@@ -132,8 +156,7 @@ def test_hostile_conversations(
 def test_what_templates_reach_is_a_list() -> None:
     """A new version of jinja2 may bring filters and tests: nothing is reachable before it was looked at."""
     environment = sandbox.Sandbox(functions={}, filters={}, extensions=[])
-    named = {name for name in environment.filters if not name.startswith(" ")}
-    assert named == sandbox._SHALLOW_FILTERS | sandbox._DEEP_FILTERS - {"tojson"} | {"tojson"}
+    assert {name for name in environment.filters if not name.startswith(" ")} == FILTERS
     assert set(environment.globals) == {"range", "dict", "cycler", "joiner", "namespace"}
 
 
@@ -177,6 +200,21 @@ def test_nothing_of_python_s_insides_is_reached(source: str) -> None:
         assert word not in shown, shown
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% autoescape true %}{{ 1 }}{% endautoescape %}", "autoescape is not supported: a prompt is no HTML, line 1"),
+        ("\n{% include 'other' %}", "include is not supported: a chat template stands alone, line 2"),
+        ("{% extends 'other' %}", "extends is not supported: a chat template stands alone, line 1"),
+        ("{{a}}" * 20_000, "at most 20000 pieces of syntax are compiled, it has 20001, line 1"),
+    ],
+)
+def test_what_is_not_compiled(source: str, said: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        ChatTemplate(source)
+    assert str(caught.value) == f"chat template: {said}"
+
+
 HUGE = [
     "{{ 'a' | center(1000000000) }}",
     "{{ '%1000000000d' % 1 }}",
@@ -193,6 +231,10 @@ HUGE = [
     "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x, 'a b ' * 9999] %}{% endfor %}",
     "{% set x = 'a' * 9999999 %}{% macro m() %}" + "{{ x }}" * 99 + "{% endmacro %}{{ m() }}",
     "{{a}}" * 26_000,
+    "{{ ('a' * 100000) | replace(old='a', new='x' * 100000) }}",
+    "{{ ('a' * 100000) | replace(old='', new='x' * 100000) }}",
+    "{{ ['a' * 100000] | replace('a', 'x' * 100000) }}",
+    "{{ ('a' * 100000) | replace('a', ['x' * 100000]) }}",
 ]
 
 

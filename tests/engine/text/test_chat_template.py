@@ -165,6 +165,12 @@ def test_text_parts_are_joined_for_templates_that_read_strings() -> None:
     assert render("{{ messages[0].content }}", [user([])]) == ""
 
 
+@pytest.mark.parametrize("content", [False, 3, 0.5, {"type": "text"}])
+def test_content_that_is_no_text_and_no_list_is_refused(content: Any) -> None:
+    with pytest.raises(RequestError, match=r"messages\.0\.content must be a string or a list of parts, got "):
+        render("{{ messages[0].content }}", [user(content)])
+
+
 def test_strings_become_parts_for_templates_that_read_parts() -> None:
     source = "{% for m in messages %}{% for part in m.content %}[{{ part['text'] }}]{% endfor %}{% endfor %}"
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
