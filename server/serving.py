@@ -35,6 +35,8 @@ logger = logging.getLogger("seraph.server")
 BACKLOG = 2048
 LINGER = 5
 """Seconds that connections have to close after the last request has ended."""
+LAST_WORDS = 0.5
+"""Seconds that requests have to end once they are cut off."""
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -158,6 +160,7 @@ def _run(
     defaults = model.info.generation_defaults if stated is None else stated
     model.close()  # its weights are the engine process's
     failure: SeraphError | None = None
+    status = 0
     tasks: list[asyncio.Task[None]] = []
 
     class Protocol(BoundedProtocol):
@@ -169,21 +172,44 @@ def _run(
             """As uvicorn's own, but a signal that was obeyed is not raised again: the exit status is ours to choose."""
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self.end)
+                loop.add_signal_handler(number, self.end, number)
             try:
                 yield
             finally:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     loop.remove_signal_handler(number)
 
-        def end(self) -> None:
-            """Drain and exit; asked twice, exit at once."""
-            self.force_exit = self.should_exit
-            self.should_exit = True
-            if not service.draining:
-                service.draining = True
+        def end(self, number: signal.Signals) -> None:
+            """Drain and exit; asked again, exit at once."""
+            nonlocal status
+            if not self.should_exit:
+                self.should_exit = service.draining = True
                 # What is still running when the time is over fails as by a dead engine: with a proper error.
                 tasks.append(asyncio.create_task(engine.stop(drain=settings.drain_timeout)))
+            elif not self.force_exit:
+                self.force_exit = True
+                status = 128 + number
+                num_running = len(self.server_state.tasks)
+                logger.warning("%s again: stopping at once, requests cut off: %d", number.name, num_running)
+                tasks.append(asyncio.create_task(self.cut_off()))
+
+        async def cut_off(self) -> None:
+            """End every request: with a proper error where its caller reads it in time, else with its connection."""
+            await engine.stop(drain=0.0)
+            running = self.server_state.tasks
+            if running:
+                await asyncio.wait(running, timeout=LAST_WORDS)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            if running:
+                await asyncio.wait(running, timeout=LAST_WORDS)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            if self.force_exit:
+                # uvicorn leaves requests and the lifespan as they are, to be cancelled, with tracebacks, by the loop.
+                await asyncio.gather(*tasks)
+                await self.lifespan.shutdown()
 
     def on_started(error: SeraphError | None) -> None:
         nonlocal failure
@@ -214,9 +240,7 @@ def _run(
         try:
             await web.serve(sockets=[listener])
         finally:
-            await asyncio.gather(
-                *tasks, engine.stop(drain=0.0)
-            )  # uvicorn leaves the lifespan's end out where it was told to hurry
+            await asyncio.gather(*tasks, engine.stop(drain=0.0))
 
     watch_peers(listener, settings.send_timeout)
     try:
@@ -227,7 +251,7 @@ def _run(
         runner.run(main())
     if failure is not None:
         raise failure
-    return 0
+    return status
 
 
 def banner(settings: Settings, known: Capabilities, defaults: Mapping[str, float], port: int) -> str:
