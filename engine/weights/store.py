@@ -79,11 +79,11 @@ def _packed(
         return model
     with lock(lock_path(source, root), f"packing {source.name}"):
         # Another process may have packed it while we waited.
-        if not refresh and (model := _open_current(target, _known_stamp(source, root))) is not None:
+        if not refresh and (model := _open_current(target, _known_stamp(source, root), tell=True)) is not None:
             return model
         # Located under this lock, which a removal takes too: what was fetched stays until it is packed.
         located = locate(source, root, progress, refresh=refresh, client=client)
-        if (model := _open_current(target, located.stamp)) is not None:
+        if refresh and (model := _open_current(target, located.stamp, tell=True)) is not None:
             return model
         _pack(located, target, source, quantization, progress)
         return open_packed(target)
@@ -149,21 +149,26 @@ def _open_named(path: Path, quantization: str | None) -> PackedModel:
     return model
 
 
-def _open_current(target: Path, stamp: str | None) -> PackedModel | None:
-    """The packed file, or None where there is none that can be used. `stamp` None: any will do."""
+def _open_current(target: Path, stamp: str | None, *, tell: bool = False) -> PackedModel | None:
+    """The packed file, or None where there is none that can be used. `stamp` None: any will do.
+
+    `tell` where None means that it is packed now: then it is logged what is wrong with the file that is there.
+    """
     if not target.exists():
         return None
     try:
         model = open_packed(target)
     except FormatError as error:
-        logger.warning("packing again: %s", error)
+        if tell:
+            logger.warning("packing again: %s", error)
         return None
     except SourceError:
         if target.exists():
             raise
         return None  # removed since we looked
     if stamp is not None and model.source.stamp != stamp:
-        logger.info("packing again: the checkpoint has changed since %s was packed", target)
+        if tell:
+            logger.info("packing again: the checkpoint has changed since %s was packed", target)
         model.close()
         return None
     return model

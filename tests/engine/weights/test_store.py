@@ -77,27 +77,34 @@ def test_two_files_of_one_name_are_two_models(checkpoint: Path, home: Path, tmp_
     assert (first.weights["embed"].data != second.weights["embed"].data).any()
 
 
-def test_a_changed_checkpoint_is_packed_again_in_its_place(checkpoint: Path, home: Path) -> None:
+def test_a_changed_checkpoint_is_packed_again_in_its_place(
+    checkpoint: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = load_model(str(checkpoint), home=home)
     before = first.weights["final_norm"].data.copy()
     TinyLlama(seed=1).write(checkpoint)
-    second = load_model(str(checkpoint), home=home)
+    with caplog.at_level(logging.INFO):
+        second = load_model(str(checkpoint), home=home)
+    assert [record.message for record in caplog.records if "again" in record.message] == [
+        f"packing again: the checkpoint has changed since {first.path} was packed"
+    ]
     assert second.path == first.path
     assert (second.weights["final_norm"].data != before).any()
     np.testing.assert_array_equal(first.weights["final_norm"].data, before)  # whoever maps the old one keeps it
     assert packed_files(home) == [first.path.name]
 
 
-@pytest.mark.parametrize("keep", [0, 40, 5000, -1])
-def test_a_damaged_packed_file_is_packed_again_with_a_warning(
-    checkpoint: Path, home: Path, keep: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("keep", "refresh"), [(0, False), (40, False), (5000, False), (-1, False), (-1, True)])
+def test_a_damaged_packed_file_is_packed_again_with_one_warning(
+    checkpoint: Path, home: Path, keep: int, refresh: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = load_model(str(checkpoint), home=home).path
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
-    with caplog.at_level(logging.WARNING):
-        model = load_model(str(checkpoint), home=home)
-    assert any(record.message.startswith(f"packing again: {path}") for record in caplog.records)
+    with caplog.at_level(logging.INFO):
+        model = load_model(str(checkpoint), home=home, refresh=refresh)
+    (said,) = [record for record in caplog.records if "again" in record.message]
+    assert (said.levelname, said.message.startswith(f"packing again: {path}")) == ("WARNING", True)
     assert model.path.read_bytes() == whole
 
 
