@@ -31,7 +31,8 @@ from engine.weights.files import free_bytes, need_space, publish, writing
 from engine.weights.progress import Progress
 
 MAGIC = b"SERAPHPK"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Raise it with every change of the above or of how weights become quants: older files are packed again."""
 DATA_ALIGNMENT = 2 << 20
 TENSOR_ALIGNMENT = 64
 MAX_HEADER_BYTES = 256 << 20
