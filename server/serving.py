@@ -12,6 +12,7 @@ import math
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -37,6 +38,8 @@ LINGER = 5
 """Seconds that connections have to close after the last request has ended."""
 LAST_WORDS = 0.5
 """Seconds that requests have to end once they are cut off."""
+ECHO = 0.3
+"""Seconds in which the same signal is the same wish: `timeout` and others send one to a process and to its group."""
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -161,6 +164,7 @@ def _run(
     model.close()  # its weights are the engine process's
     failure: SeraphError | None = None
     status = 0
+    first = (signal.SIGTERM, 0.0)
     tasks: list[asyncio.Task[None]] = []
 
     class Protocol(BoundedProtocol):
@@ -181,12 +185,13 @@ def _run(
 
         def end(self, number: signal.Signals) -> None:
             """Drain and exit; asked again, exit at once."""
-            nonlocal status
+            nonlocal status, first
             if not self.should_exit:
+                first = (number, time.monotonic())
                 self.should_exit = service.draining = True
                 # What is still running when the time is over fails as by a dead engine: with a proper error.
                 tasks.append(asyncio.create_task(engine.stop(drain=settings.drain_timeout)))
-            elif not self.force_exit:
+            elif not self.force_exit and (first[0] != number or time.monotonic() - first[1] > ECHO):
                 self.force_exit = True
                 status = 128 + number
                 num_running = len(self.server_state.tasks)

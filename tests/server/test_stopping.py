@@ -7,12 +7,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.serving import ECHO
 from tests.live import LiveServer, live_server
 from tests.tiny_gguf import write_tiny_llama
 
@@ -66,6 +68,7 @@ def stop_twice(server: LiveServer, number: signal.Signals) -> list[str]:
     server.process.send_signal(number)
     wait_for(lambda: is_closed((url.host, url.port or 0)))
     assert server.process.poll() is None, "it waits for the request that runs"
+    time.sleep(ECHO)  # what comes sooner is taken for the first one's echo
     server.process.send_signal(number)
     assert server.process.wait(15.0) == 128 + number
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines))
@@ -83,9 +86,11 @@ def test_a_stream_that_is_cut_off_ends_with_an_error(server: LiveServer) -> None
     with client, client.stream("POST", "/v1/completions", json=LONG) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
-        logged = stop_twice(server, signal.SIGTERM)
-        rest: list[dict[str, Any]] = [json.loads(line.removeprefix("data: ")) for line in lines if line]
-    assert rest[-1]["error"]["code"] == "engine_dead"
+        with ThreadPoolExecutor(1) as pool:  # reads on meanwhile
+            last = pool.submit(lambda: [line for line in lines if line][-1])
+            logged = stop_twice(server, signal.SIGTERM)
+            error: dict[str, Any] = json.loads(last.result().removeprefix("data: "))["error"]
+    assert error["code"] == "engine_dead"
     check_log(logged, "SIGTERM again: stopping at once, requests cut off: 1")
 
 
@@ -104,3 +109,17 @@ def test_a_peer_that_reads_nothing_does_not_delay_it(server: LiveServer) -> None
         wait_for(lambda: "seraph_engine_num_running 0.0" in httpx.get(f"{server.base_url}/metrics").text)
         logged = stop_twice(server, signal.SIGINT)
     check_log(logged, "SIGINT again: stopping at once, requests cut off: 1")
+
+
+def test_the_same_signal_twice_at_once_is_one(server: LiveServer) -> None:
+    """`timeout` sends it to its child and to the child's group: what runs still ends in peace."""
+    body = {**LONG, "stream": False, "max_tokens": 1500}
+    with httpx.Client(base_url=server.base_url, timeout=20.0) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/v1/completions", json=body)
+        wait_for(lambda: "seraph_engine_num_running 1.0" in httpx.get(f"{server.base_url}/metrics").text)
+        before = len(server.output)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        assert answer.result().json()["usage"]["completion_tokens"] == 1500
+    assert server.process.wait(15.0) == 0
+    assert "again" not in "".join(server.output[before:])
