@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from server import library
-from server.parameters import SettingsCommand, takes_settings
+from server.parameters import SettingsCommand, completing, known_models, takes_settings
 from server.settings import Settings, version
 
 app = typer.Typer(
@@ -98,7 +98,12 @@ def chat(
 @app.command()
 def doctor(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Models to look at; by default all in the cache.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL...]",
+            help="Models to look at; by default all in the cache.",
+            autocompletion=completing(known_models),
+        ),
     ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Read all of their data, and compare it with what it is from.")

@@ -7,24 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from server.parameters import told
+from server.parameters import completing, known_models, told
 
 
-def _pullable(incomplete: str) -> list[str]:
-    from engine.weights.catalog import catalog
-
-    return [entry.name for entry in catalog() if entry.name.startswith(incomplete)]
-
-
-def _removable(incomplete: str) -> list[str]:
+def _removable() -> list[str]:
     from engine.weights import installed
 
-    return sorted({model.name for model in installed() if model.name.startswith(incomplete)})
+    return sorted({model.name for model in installed()})
 
 
 def pull(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="An alias or another source.", autocompletion=_pullable)
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="An alias or another source.", autocompletion=completing(known_models)
+        ),
     ],
     quantization: Annotated[
         str | None, typer.Option(metavar="none|int8|int4", help="What becomes of float weights. [default: they stay]")
@@ -70,7 +67,8 @@ def models(
 
 def rm(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="As listed, or the source.", autocompletion=_removable)
+        list[str],
+        typer.Argument(metavar="NAME...", help="As listed, or the source.", autocompletion=completing(_removable)),
     ],
 ) -> None:
     """Remove models from this machine. Files and folders of your own stay.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -107,9 +109,9 @@ def _parameter(declared: Option) -> inspect.Parameter:
     notes = "; ".join(filter(None, (default, f"env: {declared.environment_name}")))
     shared: dict[str, Any] = {"help": f"{declared.help} [{notes}]", "show_default": False}
     if declared.kind.choices:
-        shared["autocompletion"] = _completer(declared.kind.choices)
+        shared["autocompletion"] = completing(partial(iter, declared.kind.choices))
     elif declared.positional:
-        shared["autocompletion"] = _model_names
+        shared["autocompletion"] = completing(known_models)
     kind: Any = str | None
     if declared.positional:
         info: Any = typer.Argument(metavar=declared.flag, **shared)
@@ -124,14 +126,26 @@ def _parameter(declared: Option) -> inspect.Parameter:
     )
 
 
-def _completer(choices: Sequence[str]) -> Callable[[str], list[str]]:
+def completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """For a parameter that takes one of `names`: how the shell completes it.
+
+    Where a command offers nothing, shells complete files and folders, so no name here needs to be a path.
+    """
+
     def complete(incomplete: str) -> list[str]:
-        return [one for one in choices if one.startswith(incomplete)]
+        logging.disable()  # whatever is wrong: a message in the middle of a line that is being typed helps nobody
+        try:
+            return [name for name in names() if name.startswith(incomplete)]
+        except Exception:
+            return []
+        finally:
+            logging.disable(logging.NOTSET)
 
     return complete
 
 
-def _model_names(incomplete: str) -> list[str]:
-    from engine.weights.catalog import catalog
+def known_models() -> list[str]:
+    """Models that go by a name: the catalogue's, and those that were fetched to this machine."""
+    from engine.weights import known
 
-    return [entry.name for entry in catalog() if entry.name.startswith(incomplete)]
+    return known()

@@ -1,9 +1,18 @@
-"""Where weights come from: sources, checkpoint formats, and the packed file that a start maps."""
+"""Where weights come from: sources, checkpoint formats, and the packed file that a start maps.
 
-from engine.weights.inventory import InstalledModel, installed, remove, sweep, unfinished
-from engine.weights.pack import PackedModel
-from engine.weights.source import CatalogEntry, catalog, model_id, parse, resolve
-from engine.weights.store import load_model
+What names sources is at hand at once: a shell that completes a word asks for it. What reads weights needs numpy, and is
+loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from engine.weights.source import CatalogEntry, catalog, known, model_id, parse, resolve
+
+if TYPE_CHECKING:
+    from engine.weights.inventory import InstalledModel, installed, remove, sweep, unfinished
+    from engine.weights.pack import PackedModel
+    from engine.weights.store import load_model
 
 __all__ = [
     "CatalogEntry",
@@ -11,6 +20,7 @@ __all__ = [
     "PackedModel",
     "catalog",
     "installed",
+    "known",
     "load_model",
     "model_id",
     "parse",
@@ -19,3 +29,24 @@ __all__ = [
     "sweep",
     "unfinished",
 ]
+
+_HOMES = {
+    "InstalledModel": "engine.weights.inventory",
+    "PackedModel": "engine.weights.pack",
+    "installed": "engine.weights.inventory",
+    "load_model": "engine.weights.store",
+    "remove": "engine.weights.inventory",
+    "sweep": "engine.weights.inventory",
+    "unfinished": "engine.weights.inventory",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engine.weights' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

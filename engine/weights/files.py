@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from engine.errors import FormatError, SourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ def read_rows(
 ) -> NDArray[np.uint8]:
     """The bytes from `offset` on as uint8 [num_rows, row_bytes]. Raises FormatError, which names the tensor, where the
     file has fewer than when its header was read."""
+    import numpy as np  # here: what only names files needs no arrays
+
     raw = np.empty((num_rows, row_bytes), np.uint8)
     file.seek(offset)
     got = file.readinto(raw.reshape(-1).data)

@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "WheelSource",
     "catalog",
+    "known",
     "locate",
     "model_id",
     "parse",
@@ -137,6 +138,19 @@ def model_id(source: str) -> str:
     what is no source.
     """
     return parse(source).name
+
+
+def known(home: Path | None = None) -> list[str]:
+    """What can be loaded by a name: the catalogue's aliases, then the sources of what else was fetched to this machine.
+
+    Files and folders of the user's own go by their paths. Looks at names and records in the cache folder only, so it is
+    fast enough for a shell that completes a word.
+    """
+    root = seraph_home(home)
+    wheels = [WheelSource(entry.name, wheel_file(entry)) for entry in catalog()]
+    others = {WheelSource("", file).origin for file in pypi.fetched(root)} - {wheel.origin for wheel in wheels}
+    others |= {record.wanted.source for record in hub.records(root)}
+    return [wheel.name for wheel in wheels] + sorted(others)
 
 
 def readable(file_name: str) -> str:

@@ -21,7 +21,15 @@ from engine.config import DEFAULT_MODEL
 from engine.errors import ConfigError, EngineError
 from engine.request import SamplingParams
 from server.cli import app
-from server.parameters import INTERRUPTED, WRONG_CONFIG, SettingsCommand, repeat_greedy, takes_settings, told
+from server.parameters import (
+    INTERRUPTED,
+    WRONG_CONFIG,
+    SettingsCommand,
+    completing,
+    repeat_greedy,
+    takes_settings,
+    told,
+)
 from server.serving import bind
 from server.settings import Settings, options
 from server.terminal import Conversation, LocalPartner, Messages, RemotePartner
@@ -284,10 +292,58 @@ def test_help_comes_in_the_groups_of_the_settings() -> None:
     ],
 )
 def test_the_shell_completes(line: str, offered: set[str]) -> None:
+    assert set(completed(line).split()) == offered
+
+
+def completed(line: str, shell: str = "bash", home: str = "") -> str:
+    """What `shell` is answered where the cursor stands at the end of `line`."""
     place = len(line.split()) - 1 + line.endswith(" ")
-    asked = {"_SERAPH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(place)}
+    asked = {"_SERAPH_COMPLETE": f"complete_{shell}", "COMP_WORDS": line, "COMP_CWORD": str(place)}
+    asked |= {"_TYPER_COMPLETE_ARGS": line, "SERAPH_HOME": home} if home else {"_TYPER_COMPLETE_ARGS": line}
     result = cli.invoke(app, [], env=asked, prog_name="seraph")
-    assert set(result.output.split()) == offered
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output.strip()
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "pull", "doctor"])
+def test_the_shell_completes_models_on_this_machine(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "models/x-y-1.0/z/z.Q8_0.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
+    fetched = "pypi:x-y==1.0/z/z.Q8_0.gguf"
+    assert completed(f"seraph {command} ", home=str(tmp_path)).split() == [DEFAULT_MODEL, fetched]
+    assert completed(f"seraph {command} py", home=str(tmp_path)) == fetched
+
+
+@pytest.mark.parametrize("word", ["./", ".", "/tm", "~/mod", "folder/m"])
+def test_the_shell_completes_paths_itself(word: str) -> None:
+    assert completed(f"seraph serve {word}") == ""
+    assert completed(f"seraph serve {word}", "zsh") == "_files"
+    script = cli.invoke(app, [], env={"_SERAPH_COMPLETE": "source_bash"}, prog_name="seraph").output
+    assert "complete -o default -F" in script  # files, where the function offers nothing
+
+
+def test_completion_is_quiet_and_light(tmp_path: Path) -> None:
+    """Where the cache cannot be read there is nothing to offer; what takes long to import is not needed."""
+    record = tmp_path / "hub/org--name/records/0.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{")
+    assert completed("seraph serve ", home=str(tmp_path)) == DEFAULT_MODEL
+
+    def broken() -> list[str]:
+        raise RuntimeError("broken")
+
+    assert completing(broken)("") == []
+    script = (
+        "import sys\nfrom server.cli import app\ntry: app(prog_name='seraph')\n"
+        "finally: print({'numpy', 'tokenizers', 'rich', 'fastapi', 'uvicorn', 'httpx'} & set(sys.modules))"
+    )
+    asked = {"_SERAPH_COMPLETE": "complete_bash", "COMP_WORDS": "seraph serve ", "COMP_CWORD": "2"}
+    environment = {**os.environ, **asked, "SERAPH_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout.split("\n"), done.stderr) == ([DEFAULT_MODEL, "set()", ""], "")
 
 
 def test_completion_can_be_installed() -> None:

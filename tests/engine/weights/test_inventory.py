@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import DEFAULT_MODEL
 from engine.errors import SourceError
-from engine.weights import installed, load_model, remove, sweep, unfinished
+from engine.weights import installed, known, load_model, remove, sweep, unfinished
 from engine.weights.files import lock
 from engine.weights.hub_client import HubClient
 from engine.weights.inventory import InstalledModel
@@ -78,6 +78,23 @@ def test_packed_and_fetched_models(home: Path, tmp_path: Path) -> None:
     assert files(home) == {"models/.x-2.fetching/member.gguf"}
     sweep(home)
     assert files(home) == set()
+
+
+def test_what_can_be_loaded_by_a_name(home: Path, tmp_path: Path, remote: Hub) -> None:
+    assert known(home) == [DEFAULT_MODEL]
+    remote.repository("org/name").commit({"m.gguf": TinyLlama().write(tmp_path / "mine.gguf").read_bytes()})
+    load_model("hf:org/name", home=home, client=client(remote))
+    load_model(str(tmp_path / "mine.gguf"), home=home)  # which goes by its path
+    default = parse(DEFAULT_MODEL)
+    assert isinstance(default, WheelSource)
+    for path in (default.file.path(home), home / "models/x-y-1.0/z/z.Q8_0.gguf"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+    assert known(home) == [DEFAULT_MODEL, "hf:org/name", "pypi:x-y==1.0/z/z.Q8_0.gguf"]
+    for name in known(home):
+        assert parse(name).origin in {model.source for model in installed(home)}
+    remove(["hf:org/name"], home)
+    assert "hf:org/name" not in known(home)
 
 
 def test_a_model_that_is_mapped_can_be_removed(home: Path, tmp_path: Path) -> None:
