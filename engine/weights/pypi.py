@@ -268,6 +268,11 @@ def _need_plausible(wanted: WheelFile, wheel: Path, info: zipfile.ZipInfo) -> No
             "stored and deflated files are read."
         )
     size = wheel.stat().st_size
+    if not 0 <= info.header_offset < size:  # zipfile would seek there
+        raise SourceError(
+            f"{wheel.name} is not a usable wheel: {wanted.member} is said to begin at byte {info.header_offset}, the "
+            f"file has {size}."
+        )
     limit = MAX_EXPANSION * size + MIN_EXPANDED
     if info.file_size > limit:
         raise SourceError(

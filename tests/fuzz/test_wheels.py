@@ -116,3 +116,15 @@ def test_compressions_that_choose_their_own_memory_are_refused(tmp_path: Path, m
     (tmp_path / "w.whl").write_bytes(sample(method).data)
     with pytest.raises(SourceError, match=f"is compressed by method {method}, only stored and deflated files are read"):
         pypi._extract(WANTED, tmp_path / "w.whl", tmp_path / "member", tmp_path / "target", NoProgress())
+
+
+@pytest.mark.parametrize("shift", [57, 1000, 1 << 30])
+def test_a_file_that_begins_before_its_wheel(tmp_path: Path, shift: int) -> None:
+    """A directory that says to lie later than it does moves every file by the difference, for zipfile."""
+    data = bytearray(sample(zipfile.ZIP_STORED).data)
+    at = data.rfind(b"PK\5\6") + 16
+    struct.pack_into("<I", data, at, struct.unpack_from("<I", data, at)[0] + shift)
+    wheel = tmp_path / "w.whl"
+    wheel.write_bytes(data)
+    with pytest.raises(SourceError, match=rf"is said to begin at byte -{shift - 56}, the file has {len(data)}\."):
+        pypi._extract(WANTED, wheel, tmp_path / "member", tmp_path / "target", NoProgress())
