@@ -299,7 +299,11 @@ class _Bar:
         self._streams, self._max_model_len, self._clock = streams, max_model_len, clock
         self._started = self._shown = clock()
         self._bar: Progress = Progress(
-            TextColumn("generating"), BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)
+            TextColumn("generating"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            auto_refresh=False,  # by a thread that may outlive the bar; there are updates enough
         )
         self._task: TaskID = self._bar.add_task(f"0/{len(streams)}", total=None)
 
@@ -319,7 +323,7 @@ class _Bar:
             self._shown = now
             done, tokens, expected = self._count()
             said = _describe(done, len(self._streams), tokens, expected, now - self._started)
-            self._bar.update(self._task, completed=tokens, total=expected, description=said)
+            self._bar.update(self._task, completed=tokens, total=expected, description=said, refresh=True)
 
     def _count(self) -> tuple[int, int, int]:
         """Streams that are done, tokens, and the tokens expected in the end."""

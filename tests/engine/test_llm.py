@@ -246,7 +246,9 @@ def test_the_bar_counts_what_may_still_come(llm: LLM, capsys: pytest.CaptureFixt
     prompt = [5] * 12
     asked = [SamplingParams(max_tokens=10), SamplingParams()]
     streams = [_Stream(request(prompt, params), llm.text.stream()) for params in asked]
+    num_threads = threading.active_count()
     with _Bar(streams, 512, clock=lambda: now[0]) as bar:
+        assert threading.active_count() == num_threads, "nothing may outlive an interrupted batch"
         for _ in range(4):
             streams[0].receive(TokenDelta(request_id="a", position=0, token_ids=[5]))
         now[0] += 2.0

@@ -140,7 +140,7 @@ def test_in_the_middle_of_a_batch(home: Path) -> None:
         program.wait_for("interrupted")
         said = program.rest()
         assert said[:3] == [*SURVEYED, "same True"], program.errors()
-        assert said[3] == "threads 0", "the thread team, or the bar's thread, is still there"
+        assert said[3] == "threads 0", "the thread team is still there"
         assert program.process.returncode == 0
 
 
