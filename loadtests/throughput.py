@@ -1,4 +1,4 @@
-"""A closed loop of streamed chats against any OpenAI-compatible server: `python -m benchmarks.throughput --help`.
+"""A closed loop of streamed chats against any OpenAI-compatible server: `python -m loadtests.throughput --help`.
 
 Each of N streams sends its next request when its last one has ended, until all requests are done. Prompts are the same
 from run to run, different from one another, and about 100 tokens long; answers have exactly `--tokens` tokens.
