@@ -68,6 +68,10 @@ bench: $(STAMPS)/seraph ## measure the kernels and the engine beside this machin
 	@$(PY) -m benchmarks.kernels $(ARGS)
 	@$(PY) -m benchmarks.engine $(ARGS)
 
+.PHONY: bench-peers
+bench-peers: $(STAMPS)/seraph $(STAMPS)/bench ## measure beside vLLM, OpenVINO and llama.cpp; write docs/performance.md (hours)
+	@$(PY) -m loadtests.peers run $(ARGS)
+
 .PHONY: load
 load: $(STAMPS)/seraph $(STAMPS)/load ## 30 seconds of load against a server of its own
 	@$(PY) -m loadtests.run $(ARGS)
@@ -92,7 +96,7 @@ clean: ## remove what was installed and built here (models stay)
 .PHONY: help
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+		/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Each stamp's time says when its step was last done. They live in .venv, so that a new .venv starts from nothing.
 

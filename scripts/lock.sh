@@ -27,5 +27,7 @@ extra=("$@")
 lock runtime pyproject.toml
 lock build --group build --constraint requirements/runtime.txt
 lock test --group test --group dev --constraint requirements/runtime.txt --constraint requirements/build.txt
-lock load --group load --constraint requirements/runtime.txt --constraint requirements/build.txt \
-  --constraint requirements/test.txt
+for group in load bench; do
+  lock $group --group $group --constraint requirements/runtime.txt --constraint requirements/build.txt \
+    --constraint requirements/test.txt
+done

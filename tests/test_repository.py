@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = ("runtime", "build", "test", "load")
+LOCKS = ("runtime", "build", "test", "load", "bench")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -38,7 +38,7 @@ def make_targets() -> set[str]:
 
 
 def test_make_has_the_documented_targets() -> None:
-    expected = "serve test test-full check format bench load docs lock preflight clean help"
+    expected = "serve test test-full check format bench bench-peers load docs lock preflight clean help"
     assert set(expected.split()) <= make_targets()
 
 
@@ -131,6 +131,7 @@ def test_locks_agree_with_each_other() -> None:
         ("build", PYPROJECT["dependency-groups"]["build"] + PYPROJECT["build-system"]["requires"]),
         ("test", PYPROJECT["dependency-groups"]["test"] + PYPROJECT["dependency-groups"]["dev"]),
         ("load", PYPROJECT["dependency-groups"]["load"]),
+        ("bench", PYPROJECT["dependency-groups"]["bench"]),
     ],
 )
 def test_locks_satisfy_what_is_declared(name: str, declared: list[str]) -> None:

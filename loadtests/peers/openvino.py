@@ -16,7 +16,7 @@ from loadtests.peers.plan import Task, first_seed, num_requests
 from loadtests.peers.processes import Child, SystemFailure, output_of, resident_mb, running
 from loadtests.peers.serving import random_prompt
 from loadtests.peers.systems import Environment, Figures, Place, Setting
-from loadtests.peers.vllm import make_folder
+from loadtests.peers.vllm import Vllm, make_folder
 from loadtests.throughput import prompt
 
 DRIVER = Path(__file__).with_name("openvino_driver.py")
@@ -35,19 +35,19 @@ class OpenVino:
         "openvino": Environment(requirements=("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")),
         CONVERT: Environment(
             requirements=(
-                *("optimum-intel==2.2.0", "nncf==3.4.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0"),
-                *("torch==2.13.0", "gguf==0.19.0", "accelerate==1.15.0"),
+                *("optimum-intel==2.2.0", "nncf==3.4.0", "torch==2.13.0"),
+                *("openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0"),
             ),
-            unwanted=("torchvision",),
+            unwanted=("torchvision",),  # as beside vLLM
         ),
+        **Vllm.environments,  # for the Hugging Face folder that is converted
     }
     over_http = False
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
-        convert = pythons.get(CONVERT)
-        if convert is None:
-            return  # the GGUF file is all that it can be measured with
-        folder = make_folder(place, convert)
+        convert = pythons[CONVERT]
+        (maker,) = Vllm.environments
+        folder = make_folder(place, pythons[maker])
         for name, flags in FORMATS.items():
             made = place.models / f"openvino_{name}"
             if made.exists():
@@ -72,7 +72,7 @@ class OpenVino:
     ) -> Mapping[str, Figures]:
         if over_http:
             raise SystemFailure("OpenVINO GenAI is measured offline")
-        figures = {}
+        figures: dict[str, Figures] = {}
         for task in tasks:
             command = [place.python, DRIVER, setting.options["model"], str(CACHE_GIB)]
             log = place.logs / f"openvino-{task.name}.log"
@@ -88,7 +88,7 @@ class OpenVino:
 
 
 def _serve(child: Child, task: Task) -> dict[str, float]:
-    figures = {}
+    figures: dict[str, float] = {}
     for streams in task.concurrency:
         asked = _chats(task, streams, num_requests(streams), task.tokens, first_seed(task, streams))
         figures |= {f"{name}@{streams}": value for name, value in _ask(child, asked).items()}

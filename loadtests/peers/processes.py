@@ -67,7 +67,7 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     *,
     log: Path,
     seconds: float,
@@ -114,7 +114,7 @@ def running(
 
 
 def output_of(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     *,
     log: Path,
     seconds: float,

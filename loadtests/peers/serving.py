@@ -21,14 +21,14 @@ from loadtests.peers.systems import Figures
 MODEL = "smollm2-135m-instruct"
 POLL_SECONDS = 0.01
 FIRST_ID, LAST_ID = 100, 40_000
-"""Bounds of the token ids that random prompts are made of: words of the default model, none with a meaning of its own."""
+"""Bounds of the token ids that random prompts are made of: words, none with a meaning of its own to the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
     """How a server is started; "{port}" in the command stands for its port."""
 
-    command: Sequence[str | Path]
+    command: Sequence[object]
     environment: Mapping[str, str]
     log: Path
     folder: Path | None = None

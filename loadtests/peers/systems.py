@@ -10,7 +10,7 @@ from typing import Protocol
 from loadtests.peers.plan import Task
 
 Figures = Mapping[str, float]
-"""Figures of a task by name. Rates are per second, times in seconds, memory in 10**6 bytes; with "@N" at concurrency N."""
+"""Figures of a task by name: rates per second, times in seconds, memory in 10**6 bytes; "@N" is at concurrency N."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,6 @@ class Environment:
 
     requirements: tuple[str, ...]
     unwanted: tuple[str, ...] = ()  # uninstalled again
-    constraints: tuple[str, ...] = ()
 
 
 class System(Protocol):

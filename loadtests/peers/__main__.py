@@ -1,0 +1,210 @@
+"""`python -m loadtests.peers`: Seraph beside vLLM, OpenVINO GenAI and llama.cpp, on this machine, in turn.
+
+run: install what is missing, measure what is not measured yet, write the page. report: write the page from results.
+
+Exit status: 0 where all was measured, 1 where something failed or is left, 2 for wrong arguments, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from loadtests.peers import environments, machine, plan, records, report, runner
+from loadtests.peers.llamacpp import LlamaCpp
+from loadtests.peers.openvino import OpenVino
+from loadtests.peers.processes import SystemFailure, output_of
+from loadtests.peers.seraph import ROOT, Seraph
+from loadtests.peers.serving import MODEL
+from loadtests.peers.systems import Place, System
+from loadtests.peers.vllm import Vllm
+
+PEERS: Mapping[str, System] = {system.name: system for system in (LlamaCpp(), OpenVino(), Vllm())}
+CACHE = Path.home() / ".cache" / "seraph-peers"
+RESULTS = ROOT / "benchmarks" / "results" / "peers.jsonl"
+PAGE = ROOT / "docs" / "performance.md"
+CONCURRENCY, QUICK_CONCURRENCY = (1, 4, 16, 32, 64), (1, 32)
+CONTEXTS, QUICK_CONTEXTS = (128, 1024, 4096, 8064), (128, 4096)
+"""The longest leaves the 8k context of the model room for what is decoded."""
+ROUNDS, QUICK_ROUNDS = 7, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the arguments say; returns the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        return _report(options.results, options.page) if options.command == "report" else _run(options)
+    except (records.RecordsError, SystemFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, SystemFailure) and error.log:
+            print(error.log, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="loadtests.peers", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="install, measure, write the page")
+    run.add_argument("--peers", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="default: all")
+    run.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="only these, such as serve or decode-1")
+    run.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, fewer sizes, one trial")
+    run.add_argument("--rounds", type=_positive, help=f"pairs of each measurement (default {ROUNDS})")
+    run.add_argument("--minutes", type=_positive, default=240, help="start no turn after so long (default 240)")
+    run.add_argument("--envs", type=Path, default=CACHE / "envs", help="folder of the peers' environments")
+    run.add_argument("--env", action="append", default=[], type=_named, metavar="NAME=DIR", help="an existing one")
+    run.add_argument("--models", type=Path, default=CACHE / "models", help="folder of what is made of the model")
+    run.add_argument("--gguf", type=Path, help="the default model's file (default: the one that Seraph fetched)")
+    run.add_argument("--fresh", action="store_true", help="put results that are there aside and start anew")
+    write = commands.add_parser("report", help="write the page from results")
+    for command in (run, write):
+        command.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (default: %(default)s)")
+        command.add_argument("--page", type=Path, default=PAGE, help="default: %(default)s")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _named(text: str) -> tuple[str, Path]:
+    known = {name for system in PEERS.values() for name in system.environments}
+    name, _, folder = text.partition("=")
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"NAME must be one of {', '.join(sorted(known))}, got {name!r}")
+    if not (Path(folder) / "bin" / "python").exists():
+        raise argparse.ArgumentTypeError(f"{folder!r} is no virtual environment")
+    return name, Path(folder).absolute()
+
+
+def _report(results: Path, page: Path) -> int:
+    from loadtests.peers import plots  # matplotlib is for the page alone
+
+    report.write(records.read(results), page, page.with_suffix(""), plots.draw)
+    print(f"wrote {page}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    logs = options.results.parent.absolute() / "peers-logs"
+    tasks = plan.tasks(
+        QUICK_CONCURRENCY if options.quick else CONCURRENCY, QUICK_CONTEXTS if options.quick else CONTEXTS
+    )
+    chosen = tuple(task for task in tasks if not options.tasks or task.name in options.tasks)
+    if unknown := set(options.tasks) - {task.name for task in tasks}:
+        raise records.RecordsError(f"--tasks must be of {', '.join(t.name for t in tasks)}, got {', '.join(unknown)}")
+    peers: list[System] = [PEERS[name] for name in PEERS if name in options.peers]
+    systems: dict[str, System] = {plan.OURS: Seraph(), **{peer.name: peer for peer in peers}}
+    header = records.Header(
+        machine=machine.describe(),
+        plan={
+            "peers": [peer.name for peer in peers],
+            "rounds": options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
+            "concurrency": QUICK_CONCURRENCY if options.quick else CONCURRENCY,
+            "contexts": QUICK_CONTEXTS if options.quick else CONTEXTS,
+            "tasks": [task.name for task in chosen],
+            "model": MODEL,
+        },
+        versions={name: _title(system) for name, system in systems.items()},
+    )
+    if options.fresh and options.results.exists():
+        options.results.rename(options.results.with_suffix(".old.jsonl"))
+    results = records.resume(options.results, header)
+    places, failed = _places(options, systems, logs)
+    made = runner.Runner(
+        systems,
+        places,
+        options.results,
+        results,
+        seconds=60.0 * options.minutes,
+        trials=1 if options.quick else runner.TRIALS,
+        say=lambda line: print(line, flush=True),
+    )
+    for name, failure in failed.items():
+        made.fail(name, failure, "installing it and making its model")
+    ready = [system for system in peers if system.name not in failed]
+    complete = made.run(plan.turns(runner.groups(ready, chosen), header.plan["rounds"]))
+    _report(options.results, options.page)
+    return 0 if complete else 1
+
+
+def _title(system: System) -> str:
+    """With the commit, for ours: a run does not go on with other code."""
+    if system.name != plan.OURS:
+        return system.title
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return f"{system.title} {asked.stdout.strip()}".strip()
+
+
+def _places(
+    options: argparse.Namespace, systems: Mapping[str, System], logs: Path
+) -> tuple[dict[str, Place], dict[str, SystemFailure]]:
+    """Where each system finds what it needs, installed and made; and those for which that failed.
+
+    Raises SystemFailure where ours does not work: there is nothing to compare then.
+    """
+
+    def place(python: Path, gguf: Path) -> Place:
+        return Place(
+            python=python,
+            gguf=gguf,
+            models=options.models.absolute(),
+            logs=logs,
+            threads=machine.num_cpus(),
+        )
+
+    python = Path(sys.executable)
+    systems[plan.OURS].prepare(place(python, Path()), {})
+    gguf = (options.gguf or _fetched(python, logs)).absolute()
+    places = {plan.OURS: place(python, gguf)}
+    failed: dict[str, SystemFailure] = {}
+    given = dict(options.env)
+    for name, system in systems.items():
+        if name == plan.OURS:
+            continue
+        print(f"preparing {system.title}", flush=True)
+        try:
+            pythons = {
+                key: environments.python_of(key, environment, given=given, folder=options.envs.absolute(), logs=logs)
+                for key, environment in system.environments.items()
+            }
+            places[name] = place(next(iter(pythons.values())), gguf)
+            system.prepare(places[name], pythons)
+        except SystemFailure as failure:
+            failed[name] = failure
+    return places, failed
+
+
+def _fetched(python: Path, logs: Path) -> Path:
+    """The default model's GGUF file as `seraph pull` left it."""
+    listed = output_of(
+        [python, "-m", "server.cli", "models", "--json"], log=logs / "seraph-models.log", seconds=60, folder=ROOT
+    )
+    for model in json.loads(listed):
+        source = re.fullmatch(r"pypi:([^=]+)==([^/]+)/(.+)", model["source"])
+        if model["name"] == MODEL and source:
+            home = Path(model["path"]).parents[1]
+            return home / "models" / f"{source[1]}-{source[2]}" / source[3]
+    raise SystemFailure(f"{MODEL} is not among the models of `seraph models`", listed)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)  # unwinds, so that what was started is stopped
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(main())

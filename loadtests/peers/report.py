@@ -1,0 +1,316 @@
+"""The page and its plots, from the results alone: the same results give the same page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests.peers import summary
+from loadtests.peers.plan import OURS, context_name
+from loadtests.peers.records import Results
+from loadtests.peers.summary import Middle
+
+PLOTS: Mapping[str, str] = {
+    "throughput.svg": "Output tokens per second against concurrency",
+    "latency.svg": "Time to first token and time per output token against concurrency",
+    "context.svg": "Decoded tokens per second of one stream against its context",
+    "loads.svg": "Single loads",
+}
+
+Draw = Callable[[Results, Path], None]
+
+INTRODUCTION = """\
+# Performance
+
+This page is generated: `make bench-peers` measures and writes it, and nobody edits it. Seraph and each peer serve the
+same model, the default one, on the same machine in the same run. They take turns: of every pair one is measured
+straight after the other, and who comes first alternates. Only one of them is alive at a time. A ratio is the median of
+the ratios of the pairs; other figures are medians, with the lowest and the highest in brackets. Each peer is at the
+setting that was fastest in short trials on this machine.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Something that is to be reached, and how the results tell whether it is."""
+
+    figure: str
+    bar: str
+    measure: Callable[[Results], Middle | None]
+    limit: float
+    form: Callable[[Middle], str]
+    at_most: bool = False
+
+    def row(self, results: Results) -> tuple[str, str, str, str]:
+        found = self.measure(results)
+        if found is None:
+            return self.figure, self.bar, "not measured", ""
+        reached = found.median <= self.limit if self.at_most else found.median >= self.limit
+        return self.figure, self.bar, self.form(found), "reached" if reached else "missed"
+
+
+def _ratio(peer: str, task: str, figure: str = "tokens_per_second") -> Callable[[Results], Middle | None]:
+    return lambda results: summary.ratio(results, peer, task, figure)
+
+
+def _least(*measures: Callable[[Results], Middle | None]) -> Callable[[Results], Middle | None]:
+    """The smallest of several ratios: beside the best of several peers. None unless all are measured."""
+
+    def measure(results: Results) -> Middle | None:
+        found = [one(results) for one in measures]
+        known = [one for one in found if one is not None]
+        return min(known, key=lambda one: one.median) if len(known) == len(found) else None
+
+    return measure
+
+
+def _longest_share(results: Results) -> Middle | None:
+    """Share of the bandwidth bound at the longest context, where that is 8k."""
+    longest = contexts(results)[-1:]
+    if not longest or longest[0] < 8000:
+        return None
+    return summary.middle(summary.values(results, OURS, context_name(longest[0]), "share"))
+
+
+def _start(results: Results) -> Middle | None:
+    return summary.middle(summary.values(results, OURS, "serve", "start_seconds"))
+
+
+def _times(found: Middle) -> str:
+    return f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f}, {pairs_of(found.count)})"
+
+
+def _share(found: Middle) -> str:
+    return f"{found.median:.0%} ({found.low:.0%} to {found.high:.0%}, {found.count} times)"
+
+
+def _seconds(found: Middle) -> str:
+    return f"{found.median:.2f} s ({found.low:.2f} to {found.high:.2f}, {found.count} times)"
+
+
+def pairs_of(count: int) -> str:
+    return f"{count} pair{'s' * (count != 1)}"
+
+
+BARS = (
+    Bar("one stream, decode", "1.6x llama.cpp (llama-bench tg128)", _ratio("llamacpp", "decode-1"), 1.6, _times),
+    Bar("prefill of 512 tokens", "2.6x llama.cpp (llama-bench pp512)", _ratio("llamacpp", "prefill-512"), 2.6, _times),
+    Bar(
+        "32 streams, decode only",
+        "2.7x the best of llama-batched-bench and OpenVINO",
+        _least(_ratio("llamacpp", "decode-32"), _ratio("openvino", "decode-32")),
+        2.7,
+        _times,
+    ),
+    Bar(
+        "32 streams over HTTP, prompts included",
+        "2.0x OpenVINO offline",
+        _ratio("openvino", "serve", "tokens_per_second@32"),
+        2.0,
+        _times,
+    ),
+    Bar(
+        "32 streams over HTTP, prompts included",
+        "3.0x vLLM CPU over HTTP",
+        _ratio("vllm", "serve", "tokens_per_second@32"),
+        3.0,
+        _times,
+    ),
+    Bar("decode at 8k context", "60 % of the bandwidth bound", _longest_share, 0.6, _share),
+    Bar("start to first token, warm", "1.5 s at most", _start, 1.5, _seconds, at_most=True),
+)
+"""The kernels' own bars, single projections and the sampler, are measured by `make bench`."""
+
+
+def contexts(results: Results) -> list[int]:
+    return [int(n) for n in results.header.plan["contexts"]]
+
+
+def concurrency(results: Results) -> list[int]:
+    return [int(n) for n in results.header.plan["concurrency"]]
+
+
+def systems(results: Results) -> list[str]:
+    """Those with figures, ours first, the others in the order of the plan."""
+    measured = {one.system for one in results.measurements}
+    return [name for name in (OURS, *results.header.plan["peers"]) if name in measured]
+
+
+def write(results: Results, page: Path, folder: Path, draw: Draw) -> None:
+    """Write the page, and its plots into `folder`, which `draw` fills with the files of PLOTS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(results, folder)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(render(results, folder.relative_to(page.parent).as_posix()))
+
+
+def render(results: Results, plots: str) -> str:
+    """The page as Markdown; `plots`: the plots' folder as the page names it."""
+
+    def plot(name: str) -> str:
+        return f"![{PLOTS[name]}]({plots}/{name})\n"
+
+    sections = [
+        INTRODUCTION,
+        _machine(results),
+        _bars(results),
+        _serving(results),
+        plot("throughput.svg"),
+        plot("latency.svg"),
+        _loads(results),
+        plot("loads.svg"),
+        _contexts(results),
+        plot("context.svg"),
+        _settings(results),
+        _failures(results),
+        _again(results),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)]) + "\n"
+
+
+def cell(found: Middle | None, scale: float = 1.0) -> str:
+    """Median and range; a dash where nothing was measured."""
+    if found is None:
+        return "-"
+    return f"{number(found.median * scale)} ({number(found.low * scale)} to {number(found.high * scale)})"
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole from 100 on."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _title(results: Results, system: str) -> str:
+    return results.header.versions[system]
+
+
+def _machine(results: Results) -> str:
+    rows = list(results.header.machine.items())
+    reads = summary.middle([one.figures["read_gbs"] for one in results.measurements if "read_gbs" in one.figures])
+    if reads:
+        rows.append(("read bandwidth during the run", f"{cell(reads)} GB/s"))
+    rates = summary.middle([one.figures["int8_tops"] for one in results.measurements if "int8_tops" in one.figures])
+    if rates:
+        rows.append(("int8 dot products during the run", f"{cell(rates)} Tops/s"))
+    return "## The machine\n\n" + table(("", ""), rows)
+
+
+def _bars(results: Results) -> str:
+    rows = [bar.row(results) for bar in BARS]
+    return "## Beside the bars\n\n" + table(("figure", "at least", "measured", ""), rows)
+
+
+def _serving(results: Results) -> str:
+    peers = [name for name in systems(results) if name != OURS]
+    text = (
+        "## Serving\n\nGreedy chats of about 100 prompt tokens and 128 output tokens, in a closed loop, prompts included.\n"
+        "What is marked offline is called in its own process without a server, which spares it HTTP.\n\n"
+    )
+    for title, figure, scale in (
+        ("Output tokens per second", "tokens_per_second", 1.0),
+        ("Time to first token, ms", "ttft", 1e3),
+        ("Time per output token, ms", "tpot", 1e3),
+    ):
+        rows = [
+            (
+                _title(results, name),
+                *(
+                    cell(summary.middle(summary.values(results, name, "serve", f"{figure}@{n}")), scale)
+                    for n in concurrency(results)
+                ),
+            )
+            for name in systems(results)
+        ]
+        if figure == "tokens_per_second":
+            for peer in peers:
+                ratios = [summary.ratio(results, peer, "serve", f"{figure}@{n}") for n in concurrency(results)]
+                shown = (f"{one.median:.2f}x" if one else "-" for one in ratios)
+                rows.append((f"*Seraph / {_title(results, peer)}*", *shown))
+        text += table((title, *(f"{n} stream{'s' * (n > 1)}" for n in concurrency(results))), rows) + "\n"
+    starts = [
+        (
+            _title(results, name),
+            cell(summary.middle(summary.values(results, name, "serve", "start_seconds"))),
+            cell(summary.middle(summary.values(results, name, "serve", "memory_mb"))),
+        )
+        for name in systems(results)
+    ]
+    after = "Start to first token, warm, s", "Resident memory after the load, MB"
+    return text + table(("", *after), starts)
+
+
+def _loads(results: Results) -> str:
+    tasks = {"prefill-512": "prefill of 512", "decode-1": "decode, 1 stream", "decode-32": "decode, 32 streams"}
+    return "## Single loads, tokens per second\n\n" + _by_task(results, tasks)
+
+
+def _contexts(results: Results) -> str:
+    tasks = {context_name(n): f"at {n:,} tokens" for n in contexts(results)}
+    if not tasks:
+        return ""
+    shares = [summary.middle(summary.values(results, OURS, name, "share")) for name in tasks]
+    extra = [("*Seraph's share of the bandwidth bound*", *(f"{one.median:.0%}" if one else "-" for one in shares))]
+    return "## Decode at a context, one stream, tokens per second\n\n" + _by_task(results, tasks, extra)
+
+
+def _by_task(results: Results, tasks: Mapping[str, str], extra: Iterable[Sequence[str]] = ()) -> str:
+    rows: list[Sequence[str]] = [
+        (
+            _title(results, name),
+            *(cell(summary.middle(summary.values(results, name, task, "tokens_per_second"))) for task in tasks),
+        )
+        for name in systems(results)
+    ]
+    for peer in systems(results):
+        if peer != OURS:
+            ratios = [summary.ratio(results, peer, task) for task in tasks]
+            shown = (f"{one.median:.2f}x" if one else "-" for one in ratios)
+            rows.append((f"*Seraph / {_title(results, peer)}*", *shown))
+    note = (
+        "\nSeraph and llama.cpp by their own benchmarks; OpenVINO GenAI by its pipeline's steps; vLLM over HTTP, beside\n"
+        "Seraph over HTTP, which its ratio is of.\n"
+    )
+    return table(("", *tasks.values()), [*rows, *extra]) + note
+
+
+def _settings(results: Results) -> str:
+    if not results.choices:
+        return ""
+    rows = [
+        (
+            _title(results, one.system),
+            one.family,
+            one.chosen,
+            ", ".join(f"{label} {number(rate)}" if rate else f"{label} failed" for label, rate in one.trials.items()),
+        )
+        for one in results.choices
+    ]
+    return "## Settings\n\n" + table(("", "load", "chosen", "trials, tokens per second"), rows)
+
+
+def _failures(results: Results) -> str:
+    if not results.failures:
+        return ""
+    text = "## What failed\n\n"
+    for one in results.failures:
+        log = "\n".join(f"    {line}" for line in one.log.splitlines())
+        text += f"{_title(results, one.system)}, {one.what}: {one.message}\n\n" + (f"{log}\n\n" if log else "")
+    return text.rstrip("\n") + "\n"
+
+
+def _again(results: Results) -> str:
+    rounds = results.header.plan["rounds"]
+    return (
+        f"## Again\n\n`make bench-peers` installs the peers, measures {rounds} round{'s' * (rounds != 1)} and writes\n"
+        "this page. Prompts and seeds are fixed. `python -m loadtests.peers report` writes it from results that are there.\n"
+    )
