@@ -19,7 +19,7 @@ from loadtests.peers.systems import Environment, Figures, Place, Setting
 from loadtests.peers.vllm import Vllm, make_folder
 from loadtests.throughput import prompt
 
-DRIVER = Path(__file__).with_name("openvino_driver.py")
+DRIVER = Path(__file__).parent / "inside" / "openvino_driver.py"
 CACHE_GIB = 2
 CONVERT = "openvino_convert"
 FORMATS: Mapping[str, Sequence[str]] = {

@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 STOP_SECONDS = 20.0
+POLL_SECONDS = 0.01
 TAIL_LINES = 20
 
 
@@ -140,23 +142,29 @@ def free_port() -> int:
 def resident_mb(session: int, proc: Path = Path("/proc")) -> float:
     """Memory of all processes of a session in 10**6 bytes; pages that several of them share are counted once (PSS)."""
     total = 0
-    for folder in proc.iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            # The name in parentheses may hold spaces; what follows it is state, parent, group, session.
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) != session:
-                continue
-            lines = (folder / "smaps_rollup").read_text().splitlines()
-        except (OSError, IndexError, ValueError):
-            continue  # it ended meanwhile
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    for pid in _members(session, proc):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            lines = (proc / str(pid) / "smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total * 1024 / 1e6
 
 
+def _members(session: int, proc: Path = Path("/proc")) -> Iterator[int]:
+    """Processes of a session that run: those that have ended and wait for their parent do not."""
+    for folder in proc.iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                # The name in parentheses may hold spaces; what follows it is state, parent, group, session.
+                state, _, _, its_session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(its_session) == session and state not in "ZX":
+                    yield int(folder.name)
+
+
 def _signal(process: subprocess.Popen[str], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+    """To all processes of the session, also those that have made a group of their own."""
+    for pid in _members(process.pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -164,7 +172,11 @@ def _stop(process: subprocess.Popen[str]) -> None:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-    _signal(process, signal.SIGKILL)  # also what a process that ended by itself left behind
+    # Also what a process that ended by itself left behind. Whoever comes next finds the machine without them.
+    deadline = time.monotonic() + STOP_SECONDS
+    while any(_members(process.pid)) and time.monotonic() < deadline:
+        _signal(process, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:

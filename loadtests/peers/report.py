@@ -213,7 +213,8 @@ def _bars(results: Results) -> str:
 def _serving(results: Results) -> str:
     peers = [name for name in systems(results) if name != OURS]
     text = (
-        "## Serving\n\nGreedy chats of about 100 prompt tokens and 128 output tokens, in a closed loop, prompts included.\n"
+        "## Serving\n\n"
+        "Greedy chats of about 100 prompt tokens and 128 output tokens, in a closed loop, prompts included.\n"
         "What is marked offline is called in its own process without a server, which spares it HTTP.\n\n"
     )
     for title, figure, scale in (
@@ -277,7 +278,8 @@ def _by_task(results: Results, tasks: Mapping[str, str], extra: Iterable[Sequenc
             shown = (f"{one.median:.2f}x" if one else "-" for one in ratios)
             rows.append((f"*Seraph / {_title(results, peer)}*", *shown))
     note = (
-        "\nSeraph and llama.cpp by their own benchmarks; OpenVINO GenAI by its pipeline's steps; vLLM over HTTP, beside\n"
+        "\n"
+        "Seraph and llama.cpp by their own benchmarks; OpenVINO GenAI by its pipeline's steps; vLLM over HTTP, beside\n"
         "Seraph over HTTP, which its ratio is of.\n"
     )
     return table(("", *tasks.values()), [*rows, *extra]) + note
@@ -312,5 +314,5 @@ def _again(results: Results) -> str:
     rounds = results.header.plan["rounds"]
     return (
         f"## Again\n\n`make bench-peers` installs the peers, measures {rounds} round{'s' * (rounds != 1)} and writes\n"
-        "this page. Prompts and seeds are fixed. `python -m loadtests.peers report` writes it from results that are there.\n"
+        "this page. Prompts and seeds are fixed. `python -m loadtests.peers report` writes it from results.\n"
     )

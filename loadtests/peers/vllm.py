@@ -11,7 +11,7 @@ from loadtests.peers.plan import Task
 from loadtests.peers.processes import output_of
 from loadtests.peers.systems import Environment, Figures, Place, Setting
 
-MAKE_FOLDER = Path(__file__).with_name("make_folder.py")
+MAKE_FOLDER = Path(__file__).parent / "inside" / "make_folder.py"
 KV_GIB = "2"
 
 

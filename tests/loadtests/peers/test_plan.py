@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+from loadtests.peers.plan import OURS, first_seed, num_requests, tasks, turns
+from loadtests.peers.serving import FIRST_ID, LAST_ID, random_prompt
+
+TASKS = tasks((1, 64), (128, 8064))
+
+
+def test_every_pair_stands_together_and_alternates() -> None:
+    groups = {"a": [(task,) for task in TASKS], "b": [TASKS]}
+    order = list(turns(groups, rounds=4))
+    assert len(order) == 4 * 2 * (len(TASKS) + 1)
+    for first, second in zip(order[::2], order[1::2], strict=True):
+        assert (first.round, first.pair, first.tasks) == (second.round, second.pair, second.tasks)
+        assert {first.system, second.system} == {OURS, first.pair}
+    of_one = [turn for turn in order[::2] if turn.pair == "b"]
+    assert [turn.system for turn in of_one] == [OURS, "b", OURS, "b"]
+    of_round = [turn for turn in order[::2] if turn.pair == "a" and turn.round == 0]
+    assert all(one.system != other.system for one, other in pairwise(of_round))
+
+
+def test_the_order_is_the_same_every_time() -> None:
+    groups = {"a": [(task,) for task in TASKS]}
+    assert list(turns(groups, 3)) == list(turns(groups, 3))
+
+
+def test_no_two_concurrencies_share_a_prompt() -> None:
+    serve = TASKS[0]
+    assert serve.concurrency == (1, 64)
+    seeds = [range(first_seed(serve, n), first_seed(serve, n) + num_requests(n)) for n in (1, 4, 16, 32, 64)]
+    assert len({seed for one in seeds for seed in one}) == sum(map(len, seeds))
+    assert [num_requests(n) for n in (1, 4, 64)] == [3, 8, 128]
+
+
+def test_random_prompts_are_fixed_and_differ_between_streams() -> None:
+    decode = next(task for task in TASKS if task.name == "decode-32")
+    prompts = [random_prompt(decode, number) for number in range(decode.streams)]
+    assert prompts == [random_prompt(decode, number) for number in range(decode.streams)]
+    assert len({tuple(one) for one in prompts}) == 32
+    assert all(len(one) == 128 and min(one) >= FIRST_ID and max(one) < LAST_ID for one in prompts)
+    single = next(task for task in TASKS if task.name == "decode-1")
+    assert len(random_prompt(single, 0)) == 16
+
+
+def test_a_trial_is_shorter() -> None:
+    assert TASKS[0].trial().concurrency == (16,)
+    for task in TASKS:
+        assert task.trial().tokens < task.tokens or task.name.startswith("context")
