@@ -41,12 +41,8 @@ def draw(results: Results, folder: Path) -> None:
         axes[0].set(xlabel="tokens of context", ylabel="decoded tokens/s, one stream", ylim=(0, None))
         _save(figure, axes, folder / "context.svg")
 
-        figure, axes = _figure(3)
-        for ax, (task, title) in zip(
-            axes,
-            (("prefill-512", "prefill of 512"), ("decode-1", "decode, 1 stream"), ("decode-32", "decode, 32 streams")),
-            strict=True,
-        ):
+        figure, axes = _figure(len(report.LOADS))
+        for ax, (task, title) in zip(axes, report.LOADS.items(), strict=True):
             _bars(ax, results, task, title)
         _save(figure, axes, folder / "loads.svg")
 

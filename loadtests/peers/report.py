@@ -18,6 +18,13 @@ PLOTS: Mapping[str, str] = {
     "loads.svg": "Single loads",
 }
 
+LOADS: Mapping[str, str] = {
+    "prefill-512": "prefill of 512",
+    "decode-1": "decode, 1 stream",
+    "decode-32": "decode, 32 streams",
+}
+"""Tasks other than serving and those at a context, as the page calls them."""
+
 Draw = Callable[[Results, Path], None]
 
 INTRODUCTION = """\
@@ -155,13 +162,9 @@ def render(results: Results, plots: str) -> str:
         INTRODUCTION,
         _machine(results),
         _bars(results),
-        _serving(results),
-        plot("throughput.svg"),
-        plot("latency.svg"),
-        _loads(results),
-        plot("loads.svg"),
-        _contexts(results),
-        plot("context.svg"),
+        *([_serving(results), plot("throughput.svg"), plot("latency.svg")] if _has(results, "serve") else []),
+        *([_loads(results), plot("loads.svg")] if _has(results, *LOADS) else []),
+        *([_contexts(results), plot("context.svg")] if _has(results, *map(context_name, contexts(results))) else []),
         _settings(results),
         _failures(results),
         _again(results),
@@ -188,6 +191,10 @@ def number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _has(results: Results, *tasks: str) -> bool:
+    return any(one.task in tasks for one in results.measurements)
 
 
 def _title(results: Results, system: str) -> str:
@@ -251,14 +258,11 @@ def _serving(results: Results) -> str:
 
 
 def _loads(results: Results) -> str:
-    tasks = {"prefill-512": "prefill of 512", "decode-1": "decode, 1 stream", "decode-32": "decode, 32 streams"}
-    return "## Single loads, tokens per second\n\n" + _by_task(results, tasks)
+    return "## Single loads, tokens per second\n\n" + _by_task(results, LOADS)
 
 
 def _contexts(results: Results) -> str:
     tasks = {context_name(n): f"at {n:,} tokens" for n in contexts(results)}
-    if not tasks:
-        return ""
     shares = [summary.middle(summary.values(results, OURS, name, "share")) for name in tasks]
     extra = [("*Seraph's share of the bandwidth bound*", *(f"{one.median:.0%}" if one else "-" for one in shares))]
     return "## Decode at a context, one stream, tokens per second\n\n" + _by_task(results, tasks, extra)

@@ -1,8 +1,9 @@
 """Runs inside OpenVINO GenAI's environment: `python openvino_driver.py MODEL`, then a JSON task per line on stdin.
 
 Each answer is a line of JSON. The continuous batching pipeline is stepped from here, so that a closed loop of requests
-and the steps in which all streams decode can be told apart by the clock. It imports nothing of this repository, and stands in a folder
-of its own, because Python looks for `openvino` there first.
+and the steps in which all streams decode can be told apart by the clock.
+
+It imports nothing of this repository, and stands in a folder of its own: Python looks for `openvino` beside it first.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from loadtests.peers.plan import OURS, first_seed, num_requests, tasks, turns
+from loadtests.peers.plan import OURS, Task, first_seed, num_requests, tasks, turns
 from loadtests.peers.serving import FIRST_ID, LAST_ID, random_prompt
 
 TASKS = tasks((1, 64), (128, 8064))
 
 
 def test_every_pair_stands_together_and_alternates() -> None:
-    groups = {"a": [(task,) for task in TASKS], "b": [TASKS]}
+    groups: dict[str, list[tuple[Task, ...]]] = {"a": [(task,) for task in TASKS], "b": [TASKS]}
     order = list(turns(groups, rounds=4))
     assert len(order) == 4 * 2 * (len(TASKS) + 1)
     for first, second in zip(order[::2], order[1::2], strict=True):

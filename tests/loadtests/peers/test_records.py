@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from loadtests.peers import records
-from loadtests.peers.records import RecordsError
+from loadtests.peers.records import Record, RecordsError
 from tests.loadtests.peers.fixtures import header, measurement, results
 
 
 def written(path: Path) -> Path:
     made = results()
-    for record in (made.header, *made.choices, *made.measurements, *made.failures):
+    every: list[Record] = [made.header, *made.choices, *made.measurements, *made.failures]
+    for record in every:
         records.write(path, record)
     return path
 
