@@ -14,9 +14,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch  # type: ignore[import-not-found]
+import torch
 from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.golden.checkpoints import CHECKPOINTS, weights_digest, write_checkpoint
 from tests.golden.make_tokenizer_golden import load as load_tokenizer

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # type: ignore[import-not-found]
-import transformers  # type: ignore[import-not-found]
+import torch
+import transformers
 
 from tests.golden.huggingface import FOLDERS, stored_digest, write_folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import transformers  # type: ignore[import-not-found]
+import transformers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from tests.golden.texts import CONVERSATIONS, SPECIAL_TEXTS, TEXTS, TOOL_CONVERSATION, TOOL_TEMPLATE, TOOLS
