@@ -17,10 +17,6 @@ void grow(std::vector<T>& v, int64_t size) {
         v.resize(static_cast<size_t>(size));
 }
 
-std::vector<int> no_tiles(int phases) {
-    return std::vector<int>(static_cast<size_t>(phases), 0);
-}
-
 } // namespace
 
 void Decoder::Activations::make_room(int64_t rows, int quants, int floats) {
@@ -59,7 +55,7 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv
     add(Op::kFinal, 0, &weights_.head);
     add(Op::kHead, 0, &weights_.head);
     add(Op::kSample, 0, nullptr);
-    tiles_ = no_tiles(static_cast<int>(phases_.size()));
+    work_.resize(phases_.size());
     // What attention and the gate leave is float32 already: a matrix of bfloat16 reads it where it lies.
     for (const auto& [op, layer, w] : phases_) {
         if (op == Op::kQkv || op == Op::kOut || op == Op::kGateUp || op == Op::kDown || op == Op::kHead) {
@@ -74,8 +70,7 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv
 void Decoder::run(const Step& step, const int32_t* previous) {
     previous_ = previous;
     prepare(step);
-    const Team::Tile tile = [this](int phase, int index, int thread) { this->tile(phase, index, thread); };
-    team_.run(tiles_, tile);
+    team_.run(work_, [this](int phase, int first, int last, int thread) { compute(phase, first, last, thread); });
 }
 
 void Decoder::prepare(const Step& step) {
@@ -104,78 +99,77 @@ void Decoder::prepare(const Step& step) {
     attention_.plan(step_);
     std::fill(own_phase_.begin(), own_phase_.end(), -1);
     for (size_t p = 0; p < phases_.size(); ++p)
-        tiles_[p] = num_tiles(phases_[p]);
+        work_[p] = work_of(phases_[p]);
 }
 
-int Decoder::num_tiles(const Phase& phase) const {
+Team::Work Decoder::work_of(const Phase& phase) const {
     const int row_tiles = ceil_div(step_.num_tokens, kRowsPerTile);
-    const auto projection = [&](bool may_halve) {
-        const int strips = phase.w->num_strips(), chunks = ceil_div(step_.num_tokens, kTileRows);
-        // Few rows: the last strips are halved, so that no thread waits long for another. Only they: every other half
-        // of each cell streams from memory at 7.5 GB/s where whole cells do at 17.
-        const bool halves = may_halve && step_.num_tokens <= kMaxRows && team_.size() > 1;
-        const int halved = halves ? std::min(strips, team_.size()) : 0;
-        return strips * chunks + halved;
+    // Few rows: a tile is half a strip, so that no thread waits long for another. A thread takes both halves of a strip
+    // together wherever it can, for every other half of each cell streams from memory at less than half the pace.
+    const auto projection = [&](int rows, bool halves) -> Team::Work {
+        if (halves && rows <= kMaxRows)
+            return {2 * phase.w->num_strips(), 2};
+        return {phase.w->num_strips() * ceil_div(rows, kTileRows), 1};
     };
     const bool wants_logits = step_.num_rows > 0 && (step_.logits || step_.sampling);
     switch (phase.op) {
     case Op::kEmbed:
-        return step_.num_tokens;
+        return {step_.num_tokens, 1};
     case Op::kAttnNorm:
     case Op::kFfnNorm:
-        return own_activations_ ? 0 : row_tiles;
+        return {own_activations_ ? 0 : row_tiles, 1};
     case Op::kGate:
-        return own_activations_ || !phase.w->quantized() ? 0 : row_tiles;
+        return {own_activations_ || !phase.w->quantized() ? 0 : row_tiles, 1};
     case Op::kRope:
-        return row_tiles;
+        return {row_tiles, 1};
     case Op::kAttend:
-        return attention_.num_tiles();
+        return {attention_.num_tiles(), 1};
     case Op::kMerge:
-        return own_activations_ || !phase.w->quantized() ? attention_.num_split_rows() : row_tiles;
+        return {own_activations_ || !phase.w->quantized() ? attention_.num_split_rows() : row_tiles, 1};
     case Op::kQkv:
     case Op::kOut:
     case Op::kDown:
-        return projection(true);
-    case Op::kGateUp:
-        return projection(false);
+        return projection(step_.num_tokens, true);
+    case Op::kGateUp: // its epilogue needs a strip's two halves, gate and up
+        return projection(step_.num_tokens, false);
     case Op::kFinal:
-        return wants_logits || step_.hidden ? step_.num_rows : 0;
+        return {wants_logits || step_.hidden ? step_.num_rows : 0, 1};
     case Op::kHead:
-        return wants_logits ? phase.w->num_strips() * ceil_div(step_.num_rows, kTileRows) : 0;
+        return projection(wants_logits ? step_.num_rows : 0, false);
     case Op::kSample:
-        return step_.sampling ? step_.num_rows : 0;
+        return {step_.sampling ? step_.num_rows : 0, 1};
     }
-    return 0;
+    return {0, 1};
 }
 
-void Decoder::tile(int phase, int index, int thread) {
+void Decoder::compute(int phase, int first, int last, int thread) {
     const auto [op, i, w] = phases_[phase];
     const DecoderLayer& layer = weights_.layers[i];
     switch (op) {
     case Op::kEmbed:
-        return embed(index);
+        return embed(first);
     case Op::kAttnNorm:
-        return norm_rows(layer.attn_norm, *w, index, thread);
+        return norm_rows(layer.attn_norm, *w, first, thread);
     case Op::kRope:
-        return rope(i, index, thread);
+        return rope(i, first, thread);
     case Op::kAttend:
-        return attention_.attend(i, index, qkv_.data(), layer.qkv.n, thread, attended_.data());
+        return attention_.attend(i, first, qkv_.data(), layer.qkv.n, thread, attended_.data());
     case Op::kMerge:
-        return merge(*w, index);
+        return merge(*w, first);
     case Op::kFfnNorm:
-        return norm_rows(layer.ffn_norm, *w, index, thread);
+        return norm_rows(layer.ffn_norm, *w, first, thread);
     case Op::kGate:
-        return quantize_rows(gated_.data(), shape_.intermediate, index);
+        return quantize_rows(gated_.data(), shape_.intermediate, first);
     case Op::kQkv:
     case Op::kOut:
     case Op::kGateUp:
     case Op::kDown:
     case Op::kHead:
-        return project(phase, index, thread);
+        return project(phase, first, last, thread);
     case Op::kFinal:
-        return final_row(index, thread);
+        return final_row(first, thread);
     case Op::kSample:
-        return sample(index, thread);
+        return sample(first, thread);
     }
 }
 
@@ -244,21 +238,16 @@ InputRows Decoder::input_of(int phase, int thread) {
     return {own.quants(), own.values.data()};
 }
 
-// One tile of a projection: a strip (or half of one) times up to kTileRows rows, and its epilogue. Between the two the
-// tile's sums lie in `out`: whatever is added to a projection before its epilogue is added there.
-void Decoder::project(int phase, int index, int thread) {
+// Tiles of a projection: a strip times up to kTileRows rows, or, where the grain is two, halves of one. Between a pass
+// and its epilogue its sums lie in `out`: whatever is added to a projection before its epilogue is added there.
+void Decoder::project(int phase, int first, int last, int thread) {
     const Op op = phases_[phase].op;
     const Matrix& w = *phases_[phase].w;
     const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
     const int chunks = ceil_div(num_rows, kTileRows);
-    const int halved = tiles_[phase] - w.num_strips() * chunks, whole = w.num_strips() - halved;
-    int strip = index / chunks, first_half = 0, last_half = 2;
-    if (strip >= whole && halved > 0) { // one chunk
-        strip = whole + (index - whole) / 2;
-        first_half = (index - whole) % 2;
-        last_half = first_half + 1;
-    }
-    const int chunk = index % chunks;
+    const bool halves = work_[phase].grain == 2; // one chunk
+    const int strip = halves ? first / 2 : first / chunks, chunk = halves ? 0 : first % chunks;
+    const int first_half = halves ? first % 2 : 0, last_half = halves ? last - 2 * strip : 2;
     const int begin = chunk * kTileRows, count = std::min(kTileRows, num_rows - begin);
     const InputRows x = input_of(phase, thread);
     alignas(64) float out[kMaxRows * kStrip];

@@ -74,8 +74,8 @@ class Decoder {
     };
 
     void prepare(const Step& step);
-    int num_tiles(const Phase& phase) const;
-    void tile(int phase, int index, int thread);
+    Team::Work work_of(const Phase& phase) const;
+    void compute(int phase, int first, int last, int thread);
 
     void embed(int token);
     void norm(const float* x, const float* weight, float* out) const;
@@ -83,7 +83,7 @@ class Decoder {
     void norm_rows(const float* weight, const Matrix& w, int tile, int thread);
     void quantize_rows(const float* from, int k, int tile);
     InputRows input_of(int phase, int thread);
-    void project(int phase, int index, int thread);
+    void project(int phase, int first, int last, int thread);
     void epilogue(Op op, const Matrix& w, int row, int column, int from, int to, const float* y);
     void rope(int layer, int tile, int thread);
     void merge(const Matrix& w, int index);
@@ -102,7 +102,7 @@ class Decoder {
     Step step_{};
     const int32_t* previous_ = nullptr;
     bool own_activations_ = false; // few rows: each thread makes a projection's input for itself, a phase is saved
-    std::vector<int> tiles_;
+    std::vector<Team::Work> work_; // [phases]
     std::vector<float> x_, qkv_, attended_, gated_; // [tokens, ...]
     std::vector<float> logits_;                     // [rows, vocab], where the caller wants none
     std::vector<int32_t> request_of_;               // [tokens]

@@ -39,13 +39,35 @@ constexpr int kUnroll = 1;
 constexpr int kUnroll = 8;
 #endif
 
-// One 32-output half of one cell for R rows: two vectors of integer sums per row stay in registers over the group,
-// the float sums wait in memory, where a load and a store per group cost less than the registers they would take.
+// The running sums of one cell's 32-output half.
+template <int R>
+struct Sums {
+    F32 y[R][2];
+    SERAPH_INLINE void load_from(const float* out) {
+#pragma GCC unroll kUnroll
+        for (int r = 0; r < R; ++r) {
+            y[r][0] = load(out + r * kStrip);
+            y[r][1] = load(out + r * kStrip + kLanes);
+        }
+    }
+    SERAPH_INLINE void store_to(float* out) const {
+#pragma GCC unroll kUnroll
+        for (int r = 0; r < R; ++r) {
+            store(out + r * kStrip, y[r][0]);
+            store(out + r * kStrip + kLanes, y[r][1]);
+        }
+    }
+};
+
+// One 32-output half of one cell for R rows, added to `sums`: two vectors of integer sums per row (and chain) stay in
+// registers over the group.
 template <int BITS, bool MIN, int R>
 SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, const uint16_t* mins, const int8_t* q,
                              int64_t k, const float* scale, const float* scaled_sum, const int32_t* start,
-                             int64_t groups, float* out) {
-    GroupDot<BITS> dot[R][2];
+                             int64_t groups, Sums<R>& sums) {
+    // One row alone has too few integer sums to hide the latency of each: every other quad goes to a second chain.
+    constexpr int kChains = R == 1 && kRegisters >= 32 ? 2 : 1;
+    GroupDot<BITS> dot[R][2][kChains];
 #pragma GCC unroll kUnroll
     for (int r = 0; r < R; ++r) {
         I32 from = set1_i32(0);
@@ -54,8 +76,10 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
             if constexpr (BITS == 8)
                 from = shift_left<4>(from);
         }
-        dot[r][0].start(from);
-        dot[r][1].start(from);
+        for (int c = 0; c < kChains; ++c) {
+            dot[r][0][c].start(c == 0 ? from : set1_i32(0));
+            dot[r][1][c].start(c == 0 ? from : set1_i32(0));
+        }
     }
     if constexpr (BITS == 4) {
 #pragma GCC unroll kUnroll
@@ -65,15 +89,15 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
                 const I32 a = broadcast_quad(q + r * k + octet * 8);
-                dot[r][0].add(low0, a);
-                dot[r][1].add(low1, a);
+                dot[r][0][0].add(low0, a);
+                dot[r][1][0].add(low1, a);
             }
             const I32 high0 = high_nibbles(w0), high1 = high_nibbles(w1);
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
                 const I32 a = broadcast_quad(q + r * k + octet * 8 + 4);
-                dot[r][0].add(high0, a);
-                dot[r][1].add(high1, a);
+                dot[r][0][kChains - 1].add(high0, a);
+                dot[r][1][kChains - 1].add(high1, a);
             }
         }
     } else {
@@ -83,8 +107,8 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
                 const I32 a = broadcast_quad(q + r * k + quad * 4);
-                dot[r][0].add(w0, a);
-                dot[r][1].add(w1, a);
+                dot[r][0][quad % kChains].add(w0, a);
+                dot[r][1][quad % kChains].add(w1, a);
             }
         }
     }
@@ -96,25 +120,25 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
     }
 #pragma GCC unroll kUnroll
     for (int r = 0; r < R; ++r) {
+        I32 dot0 = dot[r][0][0].finish(), dot1 = dot[r][1][0].finish();
+        if constexpr (kChains == 2) {
+            dot0 = dot0 + dot[r][0][1].finish();
+            dot1 = dot1 + dot[r][1][1].finish();
+        }
         const F32 s = set1(scale[r * groups]);
-        float* to = out + r * kStrip;
-        F32 y0 = fma(to_f32(dot[r][0].finish()) * d0, s, load(to));
-        F32 y1 = fma(to_f32(dot[r][1].finish()) * d1, s, load(to + kLanes));
+        F32(&y)[2] = sums.y[r];
+        y[0] = fma(to_f32(dot0) * d0, s, y[0]);
+        y[1] = fma(to_f32(dot1) * d1, s, y[1]);
         if constexpr (MIN) {
             const F32 t = set1(scaled_sum[r * groups]);
-            y0 = fma(m0, t, y0);
-            y1 = fma(m1, t, y1);
+            y[0] = fma(m0, t, y[0]);
+            y[1] = fma(m1, t, y[1]);
         }
-        store(to, y0);
-        store(to + kLanes, y1);
     }
-    // Without this GCC carries the float sums of one group over to the next in copies on the stack (predictive
-    // commoning), which costs a fifth of the time at 8 rows.
-    asm volatile("" ::: "memory");
 }
 
 // Cells are read in the order they lie in memory and nothing is prefetched: with one sequential stream per thread the
-// hardware does better alone (8-bit weights streamed at 21 GB/s without, 14 GB/s with any software prefetch distance).
+// hardware does better alone.
 template <int BITS, bool MIN, int R>
 void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_half, const QuantRows& x, int row,
                 float* out) {
@@ -123,17 +147,41 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
     const int cell_bytes = w.cell_bytes();
     const int8_t* q = x.q + static_cast<int64_t>(row) * w.k;
     const int64_t side = static_cast<int64_t>(row) * groups;
+    const auto add_half = [&](int g, int half, Sums<R>& sums) SERAPH_INLINE_LAMBDA {
+        const uint8_t* cell = strip + static_cast<int64_t>(g) * cell_bytes;
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(cell + quant_bytes);
+        cell_half<BITS, MIN, R>(cell + half * half_bytes, scales + half * 32, scales + kStrip + half * 32,
+                                q + g * kGroup, w.k, x.scale + side + g, x.scaled_sum + side + g, x.start + side + g,
+                                groups, sums);
+    };
     for (int r = 0; r < R; ++r) {
         for (int c = first_half * 32; c < last_half * 32; c += kLanes)
             store(out + r * kStrip + c, zero_f32());
     }
+    if constexpr (R <= kRegisters / 16) { // the float sums have registers too
+        if (last_half - first_half == 2) {
+            Sums<R> left, right;
+            left.load_from(out);
+            right.load_from(out);
+            for (int g = 0; g < groups; ++g) {
+                add_half(g, 0, left);
+                add_half(g, 1, right);
+            }
+            left.store_to(out);
+            right.store_to(out + 32);
+            return;
+        }
+    }
+    // The float sums wait in memory, where a load and a store per group cost less than the registers they would take.
     for (int g = 0; g < groups; ++g) {
-        const uint8_t* cell = strip + static_cast<int64_t>(g) * cell_bytes;
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(cell + quant_bytes);
         for (int half = first_half; half < last_half; ++half) {
-            cell_half<BITS, MIN, R>(cell + half * half_bytes, scales + half * 32, scales + kStrip + half * 32,
-                                    q + g * kGroup, w.k, x.scale + side + g, x.scaled_sum + side + g,
-                                    x.start + side + g, groups, out + half * 32);
+            Sums<R> sums;
+            sums.load_from(out + half * 32);
+            add_half(g, half, sums);
+            sums.store_to(out + half * 32);
+            // Without this GCC carries the float sums of one group over to the next in copies on the stack (predictive
+            // commoning), which costs a fifth of the time at 8 rows.
+            asm volatile("" ::: "memory");
         }
     }
 }

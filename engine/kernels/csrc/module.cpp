@@ -252,8 +252,8 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
     const InputRows x{{q.data(), scale.data(), scaled_sum.data(), start.data()}, values.data()};
     Team team(threads, turns);
     const int chunks = (m + kTileRows - 1) / kTileRows;
-    const std::vector<int> tiles(static_cast<size_t>(turns), w.num_strips() * chunks);
-    const Team::Tile tile = [&](int turn, int index, int) {
+    const std::vector<Team::Work> work(static_cast<size_t>(turns), {w.num_strips() * chunks, 1});
+    const Team::Tiles tiles = [&](int turn, int index, int, int) {
         Matrix mine = w;
         mine.data += turn % copies * w.nbytes();
         alignas(64) float out[kMaxRows * kStrip];
@@ -264,7 +264,7 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
     };
     const auto now = [] { return std::chrono::steady_clock::now(); };
     const auto start_time = now();
-    team.run(tiles, tile);
+    team.run(work, tiles);
     return std::chrono::duration<double>(now() - start_time).count();
 }
 

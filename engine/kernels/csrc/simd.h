@@ -8,6 +8,7 @@
 #include <cstring>
 
 #define SERAPH_INLINE inline __attribute__((always_inline))
+#define SERAPH_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace seraph {
 

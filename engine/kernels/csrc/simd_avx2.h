@@ -13,6 +13,8 @@ struct F32 {
 struct I32 {
     __m256i lo, hi;
 };
+constexpr int kRegisters = 8; // that hold sixteen lanes
+
 struct Mask {
     __m256 lo, hi;
 };

@@ -15,6 +15,8 @@ struct I32 {
 };
 using Mask = __mmask16;
 
+constexpr int kRegisters = 32; // that hold sixteen lanes
+
 SERAPH_INLINE F32 zero_f32() {
     return {_mm512_setzero_ps()};
 }

@@ -17,6 +17,8 @@ struct F32 {
 struct I32 {
     VecI v;
 };
+constexpr int kRegisters = 8; // unknown: few
+
 struct Mask {
     VecI v; // -1 where set
 };

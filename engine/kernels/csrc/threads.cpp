@@ -4,6 +4,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <bit>
 #include <chrono>
 #include <stdexcept>
 
@@ -22,11 +24,17 @@ void cpu_relax() {
 #endif
 }
 
-void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+// A futex is 32 bits wide: of a 64-bit word it is the low half.
+static_assert(std::endian::native == std::endian::little);
+
+template <class Word>
+void futex_wait(std::atomic<Word>& word, Word seen) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, static_cast<uint32_t>(seen), nullptr,
+            nullptr, 0);
 }
 
-void futex_wake_all(std::atomic<uint32_t>& word) {
+template <class Word>
+void futex_wake_all(std::atomic<Word>& word) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
 }
 
@@ -45,7 +53,9 @@ bool spin_until(const Ready& ready) {
 
 } // namespace
 
-Team::Team(int threads, int max_phases) : phases_(new Phase[max_phases]), max_phases_(max_phases) {
+Team::Team(int threads, int max_phases)
+    : threads_(threads), max_phases_(max_phases), phases_(new Phase[static_cast<size_t>(max_phases)]),
+      shares_(new Share[static_cast<size_t>(max_phases) * static_cast<size_t>(threads)]) {
     for (int i = 1; i < threads; ++i)
         workers_.emplace_back(&Team::worker_main, this, i);
 }
@@ -58,64 +68,81 @@ Team::~Team() {
         worker.join();
 }
 
-void Team::run(const std::vector<int>& tiles, const Tile& tile) {
-    const int n = static_cast<int>(tiles.size());
+void Team::run(const std::vector<Work>& work, const Tiles& tiles) {
+    const int n = static_cast<int>(work.size());
     if (n > max_phases_)
         throw std::logic_error("Team::run: more phases than the team was made for");
     const uint64_t step = step_.load() + 1;
-    tile_ = &tile;
+    tiles_ = &tiles;
     num_phases_ = n;
+    // Nothing here needs an order: threads of this step read it after they have read step_, and to those of an older
+    // step every word says for itself that their step is over.
     for (int p = 0; p < n; ++p) {
-        Phase& phase = phases_[p];
-        // The old step's ticket goes first: whoever then reads the new target also sees that its step is over.
-        phase.ticket.store((step & kStepMask) << 40);
-        phase.target.store(phase.done.load() + static_cast<uint32_t>(tiles[p]));
-        phase.ticket.store((step & kStepMask) << 40 | static_cast<uint64_t>(tiles[p]) << 20);
+        const auto total = static_cast<uint64_t>(work[p].tiles);
+        phases_[p].grain = work[p].grain;
+        phases_[p].left.store(step << 32 | total, std::memory_order_relaxed);
+        for (int t = 0; t < threads_; ++t) {
+            const uint64_t begin = total * t / threads_, end = total * (t + 1) / threads_;
+            shares_[p * threads_ + t].ticket.store((step & kStepMask) << 40 | end << 20 | begin,
+                                                   std::memory_order_relaxed);
+        }
     }
     step_.store(step);
     bell_.fetch_add(1);
     if (sleeping_.load() > 0)
         futex_wake_all(bell_);
-    work(step, 0, n);
+    compute(step, 0, n);
 }
 
-void Team::work(uint64_t step, int thread, int num_phases) {
+void Team::compute(uint64_t step, int thread, int num_phases) {
     for (int p = 0; p < num_phases; ++p) {
-        Phase& phase = phases_[p];
-        uint64_t ticket = phase.ticket.load();
-        for (;;) {
-            if (ticket >> 40 != (step & kStepMask))
-                return; // the step is over
-            const uint64_t total = ticket >> 20 & kTwenty, next = ticket & kTwenty;
-            if (next >= total)
-                break;
-            if (!phase.ticket.compare_exchange_weak(ticket, ticket + 1))
-                continue;
-            // Holding a tile keeps the step from ending, so tile_ and all it refers to are this step's.
-            const uint32_t target = phase.target.load();
-            (*tile_)(p, static_cast<int>(next), thread);
-            if (phase.done.fetch_add(1) + 1 == target && waiting_.load() > 0)
-                futex_wake_all(phase.done);
-            ticket = phase.ticket.load();
+        for (int i = 0; i < threads_; ++i) {
+            if (!compute_share(step, p, (thread + i) % threads_, thread))
+                return;
         }
-        wait_done(phase, step);
+        wait_done(phases_[p], step);
+    }
+}
+
+// Computes what is left of the owner's share; false if the step is over.
+bool Team::compute_share(uint64_t step, int p, int owner, int thread) {
+    Phase& phase = phases_[p];
+    Share& share = shares_[p * threads_ + owner];
+    uint64_t ticket = share.ticket.load();
+    for (;;) {
+        if (ticket >> 40 != (step & kStepMask))
+            return false;
+        const int next = static_cast<int>(ticket & kTwenty), end = static_cast<int>(ticket >> 20 & kTwenty);
+        if (next >= end)
+            return true;
+        int first, last;
+        if (owner == thread) { // up to the next multiple of the grain
+            first = next;
+            last = std::min(end, next - next % phase.grain + phase.grain);
+        } else {
+            first = end - 1;
+            last = end;
+        }
+        const uint64_t taken = owner == thread ? ticket + static_cast<uint64_t>(last - first) : ticket - (1u << 20);
+        if (!share.ticket.compare_exchange_weak(ticket, taken))
+            continue;
+        // Holding a tile keeps the step from ending, so tiles_ and all it refers to are this step's.
+        (*tiles_)(p, first, last, thread);
+        const uint64_t count = static_cast<uint64_t>(last - first);
+        if ((phase.left.fetch_sub(count) & 0xffffffffu) == count && waiting_.load() > 0)
+            futex_wake_all(phase.left);
+        ticket = share.ticket.load();
     }
 }
 
 void Team::wait_done(Phase& phase, uint64_t step) {
-    const auto over = [&] {
-        return phase.done.load() == phase.target.load() || phase.ticket.load() >> 40 != (step & kStepMask);
-    };
-    if (spin_until(over))
+    const auto over = [step](uint64_t left) { return (left & 0xffffffffu) == 0 || left >> 32 != (step & 0xffffffffu); };
+    if (spin_until([&] { return over(phase.left.load()); }))
         return;
-    // Whoever finishes the phase looks at waiting_ after it has counted its tile, so one of the two sees the other.
+    // Whoever finishes the phase looks at waiting_ after it has counted its tiles, so one of the two sees the other.
     waiting_.fetch_add(1);
-    for (;;) {
-        const uint32_t seen = phase.done.load();
-        if (over())
-            break;
-        futex_wait(phase.done, seen);
-    }
+    for (uint64_t left; !over(left = phase.left.load());)
+        futex_wait(phase.left, left);
     waiting_.fetch_sub(1);
 }
 
@@ -133,7 +160,7 @@ void Team::worker_main(int thread) {
         }
         const uint64_t step = step_.load();
         if (!quit_)
-            work(step, thread, num_phases_.load());
+            compute(step, thread, num_phases_.load());
         finished = step;
     }
 }

@@ -1,9 +1,12 @@
 // The thread team and the way it shares a step.
 //
-// A step is a fixed list of phases; a phase is a number of tiles, known before the step starts. Threads take tiles with
-// a compare-and-swap on the phase's ticket, which carries the step's number: nobody waits for a thread that holds no
-// tile, so one that the kernel has descheduled delays a step by at most the tile it is in, and one that wakes up after
-// its step is over finds the ticket changed and takes nothing.
+// A step is a fixed list of phases; a phase is a number of tiles, known before the step starts. Every thread has a
+// share of each phase, a range of neighbouring tiles, which it takes from the front with a compare-and-swap: what
+// neighbours read lies side by side in memory, and a thread that reads on where it stopped is served twice as fast as
+// one that starts anew with every tile. Who is through with its share takes single tiles from the back of another's. So
+// nobody waits for a thread that holds no tile: one that the kernel has descheduled delays a step by at most what it
+// holds. The words that shares and phases consist of carry the step's number: a thread that wakes up after its step is
+// over finds them changed and takes nothing.
 #pragma once
 
 #include <atomic>
@@ -23,27 +26,37 @@ class Team {
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
-    int size() const { return static_cast<int>(workers_.size()) + 1; }
+    int size() const { return threads_; }
 
-    // Runs every tile of phase 0, then every tile of phase 1, ...: tile(phase, index, thread). tiles[p] < 2^20 is the
-    // number of tiles of phase p. Returns when all are done. Not reentrant. `tile` must not throw.
-    using Tile = std::function<void(int phase, int index, int thread)>;
-    void run(const std::vector<int>& tiles, const Tile& tile);
+    // The tiles of a phase, less than 2^20; a thread computes up to `grain` neighbours of its share at a time.
+    struct Work {
+        int tiles, grain;
+    };
+    // Computes the tiles [first, last) of a phase.
+    using Tiles = std::function<void(int phase, int first, int last, int thread)>;
+
+    // Runs every tile of phase 0, then every tile of phase 1, ... Returns when all are done. Not reentrant. `tiles`
+    // must not throw.
+    void run(const std::vector<Work>& work, const Tiles& tiles);
 
   private:
+    struct alignas(64) Share {
+        std::atomic<uint64_t> ticket{0}; // step << 40 | end << 20 | next: the tiles [next, end) nobody has taken yet
+    };
     struct alignas(64) Phase {
-        std::atomic<uint64_t> ticket{0}; // step << 40 | tiles << 20 | next
-        std::atomic<uint32_t> done{0};   // finished tiles, of all steps
-        std::atomic<uint32_t> target{0}; // value of `done` that ends the phase
+        std::atomic<uint64_t> left{0}; // step << 32 | tiles that are not done
+        int grain = 1;
     };
 
-    void work(uint64_t step, int thread, int num_phases);
+    void compute(uint64_t step, int thread, int num_phases);
+    bool compute_share(uint64_t step, int phase, int owner, int thread);
     void wait_done(Phase& phase, uint64_t step);
     void worker_main(int thread);
 
+    int threads_, max_phases_;
     std::unique_ptr<Phase[]> phases_;
-    int max_phases_;
-    const Tile* tile_ = nullptr; // valid for whoever holds a tile
+    std::unique_ptr<Share[]> shares_; // [phases][threads]
+    const Tiles* tiles_ = nullptr;    // valid for whoever holds a tile
     std::atomic<int> num_phases_{0};
     std::atomic<uint64_t> step_{0}; // of the step that is running or ran last
     std::atomic<uint32_t> bell_{0}; // low bits of step_, what idle workers sleep on
