@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <thread>
 
@@ -12,7 +13,9 @@ namespace seraph {
 namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr int kRun = 256; // tokens whose weights are summed before the sums are searched
+constexpr int kRun = 1024;   // tokens that are searched, and whose weights are summed, together
+constexpr int kCuts = 3;     // cuts of one pass of a selection
+constexpr int kSorted = 256; // tokens left between two cuts that are sorted at last
 
 // Penalties, bias and mask; what is not finite afterwards is forbidden.
 void adjust(const Sampling& how, int r, float* logits, int vocab, std::vector<int32_t>& counts) {
@@ -51,176 +54,283 @@ void adjust(const Sampling& how, int r, float* logits, int vocab, std::vector<in
     }
 }
 
-// The first token with the largest finite logit, -1 without one.
+// The first token with the largest finite logit, -1 without one: the largest of every run, then the first such run.
 int32_t best(const float* logits, int vocab) {
-    F32 top = set1(kMinusInf);
     const F32 inf = set1(HUGE_VALF);
-    int i = 0;
-    for (; i + kLanes <= vocab; i += kLanes) {
-        const F32 x = load(logits + i);
-        top = max(top, select(less(x, inf), x, top)); // NaN and +inf compare false, so they are passed over
-    }
-    float largest = reduce_max(top);
-    for (; i < vocab; ++i) {
-        if (logits[i] < HUGE_VALF && logits[i] > largest)
-            largest = logits[i];
+    float largest = kMinusInf;
+    int at = 0;
+    for (int from = 0; from < vocab; from += kRun) {
+        const int end = std::min(from + kRun, vocab);
+        F32 top = set1(kMinusInf);
+        int i = from;
+        for (; i + kLanes <= end; i += kLanes) {
+            const F32 x = load(logits + i);
+            top = max(top, select(less(x, inf), x, top)); // NaN and +inf compare false, so they are passed over
+        }
+        float here = reduce_max(top);
+        for (; i < end; ++i) {
+            if (logits[i] < HUGE_VALF && logits[i] > here)
+                here = logits[i];
+        }
+        if (here > largest) {
+            largest = here;
+            at = from;
+        }
     }
     if (largest == kMinusInf)
         return -1;
-    for (i = 0; logits[i] != largest; ++i) {
-    }
-    return i;
+    while (logits[at] != largest)
+        ++at;
+    return at;
 }
 
-// weights[t] = e^((logit - largest) / temperature), 0 where forbidden or below min_p.
-void weigh(const float* logits, int vocab, float largest, float temperature, float min_p, float* weights) {
-    const F32 top = set1(largest), t = set1(temperature), floor = set1(min_p), inf = set1(HUGE_VALF);
-    for (int i = 0; i < vocab; i += kLanes) {
+// The tokens that may be drawn. Arrays are padded to whole vectors with tokens that may not.
+class Candidates {
+  public:
+    // weights[t] = e^((logit - largest) / temperature), 0 where forbidden or below `floor`.
+    Candidates(const float* logits, int vocab, float largest, float temperature, float floor, SamplerScratch& scratch)
+        : padded_((vocab + kLanes - 1) / kLanes * kLanes), largest_(largest), scratch_(scratch) {
+        scratch.keys.resize(static_cast<size_t>(padded_));
+        scratch.weights.resize(static_cast<size_t>(padded_));
+        scratch.runs.resize(static_cast<size_t>((padded_ + kRun - 1) / kRun));
+        keys_ = scratch.keys.data();
+        weights_ = scratch.weights.data();
+        const F32 top = set1(largest), t = set1(temperature), least = set1(floor), inf = set1(HUGE_VALF);
         float tail[kLanes];
-        const int count = std::min(kLanes, vocab - i);
-        const float* from = logits + i;
-        if (count < kLanes) {
-            std::fill_n(tail, kLanes, kMinusInf);
-            std::copy_n(from, count, tail);
-            from = tail;
-        }
-        const F32 x = load(from);
-        F32 w = exp((x - top) / t);
-        w = select(less(x, inf), w, zero_f32());
-        w = select(less(w, floor), zero_f32(), w);
-        if (count < kLanes) {
-            store(tail, w);
-            std::copy_n(tail, count, weights + i);
-        } else {
-            store(weights + i, w);
-        }
+        std::fill_n(tail, kLanes, kMinusInf);
+        std::copy(logits + (padded_ == vocab ? padded_ : padded_ - kLanes), logits + vocab, tail);
+        F32 smallest = inf;
+        each_run([&](int i) {
+            const F32 x = load(i + kLanes <= vocab ? logits + i : tail);
+            const F32 key = select(less(x, inf), x, set1(kMinusInf));
+            smallest = min(smallest, select(less(set1(kMinusInf), key), key, inf));
+            F32 w = exp((key - top) / t);
+            w = select(less(w, least), zero_f32(), w);
+            store(keys_ + i, key);
+            store(weights_ + i, w);
+            return w;
+        });
+        float lanes[kLanes];
+        store(lanes, smallest);
+        smallest_ = *std::min_element(lanes, lanes + kLanes);
     }
-}
 
-// Zeroes the weights of all but the top_k best tokens, then of all but the fewest best that carry top_p of what is
-// left.
-//
-// Tokens are counted into buckets by how far their logit lies below the best, so that only the one bucket in which a
-// limit falls has to be sorted: linear in the vocabulary, exact, ties to the lower id.
-void keep_best(const float* logits, int vocab, float largest, float temperature, int top_k, double top_p,
-               float* weights) {
-    constexpr int kBuckets = 2048;
-    constexpr float kPerUnit = kBuckets / 88.0f; // beyond e^-88 a weight is 0 and order no longer matters
-    int counts[kBuckets] = {};
-    double masses[kBuckets] = {};
-    const auto bucket_of = [&](int t) {
-        const float distance = (largest - logits[t]) / temperature * kPerUnit;
-        return distance < kBuckets - 1 ? static_cast<int>(distance) : kBuckets - 1;
-    };
-    const auto allowed = [&](int t) { return logits[t] < HUGE_VALF && logits[t] > kMinusInf; };
-    for (int t = 0; t < vocab; ++t) {
-        if (!allowed(t))
-            continue;
-        const int b = bucket_of(t);
-        ++counts[b];
-        masses[b] += static_cast<double>(weights[t]);
-    }
-    const auto sorted = [&](int bucket) {
-        std::vector<int> tokens;
-        for (int t = 0; t < vocab; ++t) {
-            if (allowed(t) && bucket_of(t) == bucket)
-                tokens.push_back(t);
-        }
-        std::sort(tokens.begin(), tokens.end(),
-                  [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
-        return tokens;
-    };
-    int last = kBuckets - 1; // the last bucket of which anything is kept
-    int in_last = counts[last];
-    if (top_k > 0) {
-        int before = 0;
-        for (int b = 0; b < kBuckets; ++b) {
-            if (before + counts[b] >= top_k) {
-                last = b;
-                in_last = top_k - before;
-                break;
-            }
-            before += counts[b];
-        }
-    }
-    std::vector<int> tokens;
-    int tokens_bucket = -1;
-    if (in_last < counts[last]) {
-        tokens = sorted(last);
-        tokens_bucket = last;
-        masses[last] = 0;
-        for (int i = 0; i < in_last; ++i)
-            masses[last] += static_cast<double>(weights[tokens[i]]);
-    }
-    if (top_p < 1) {
-        double total = 0, before = 0;
-        for (int b = 0; b <= last; ++b)
-            total += masses[b];
-        const double target = top_p * total;
-        for (int b = 0; b <= last; ++b) {
-            if (before + masses[b] >= target) {
-                if (tokens_bucket != b)
-                    tokens = sorted(b);
-                const int limit = b == last ? in_last : counts[b];
-                int n = 0;
-                while (n < limit && before < target)
-                    before += static_cast<double>(weights[tokens[n++]]);
-                last = b;
-                in_last = std::max(n, b == 0 ? 1 : n);
-                tokens_bucket = b;
-                break;
-            }
-            before += masses[b];
-        }
-    }
-    for (int t = 0; t < vocab; ++t) {
-        if (!allowed(t) || bucket_of(t) > last)
-            weights[t] = 0;
-    }
-    if (tokens_bucket == last) {
-        for (size_t i = static_cast<size_t>(in_last); i < tokens.size(); ++i)
-            weights[tokens[i]] = 0;
-    }
-}
+    // The top_k best; equal logits by rising id.
+    void keep_count(int top_k) { keep<false>(top_k); }
 
-// The first token whose running sum of weights, in order of ids, passes u times the whole.
-int32_t draw(const float* weights, int vocab, double u) {
-    const auto run_sum = [&](int from) {
-        double sum = 0;
-        for (int t = from; t < std::min(from + kRun, vocab); ++t)
-            sum += static_cast<double>(weights[t]);
-        return sum;
-    };
-    double total = 0;
-    for (int from = 0; from < vocab; from += kRun)
-        total += run_sum(from);
-    const double target = u * total;
-    double before = 0;
-    int32_t last_positive = -1;
-    for (int from = 0; from < vocab; from += kRun) {
-        const double sum = run_sum(from);
-        if (before + sum > target || from + kRun >= vocab) {
-            double running = before;
-            for (int t = from; t < std::min(from + kRun, vocab); ++t) {
-                if (weights[t] == 0)
-                    continue;
-                last_positive = t;
-                running += static_cast<double>(weights[t]);
-                if (running > target)
-                    return t;
+    // The fewest best that carry `top_p` of the mass.
+    void keep_mass(double top_p) { keep<true>(top_p * total_); }
+
+    void drop_below(float floor) {
+        const F32 least = set1(floor);
+        each_run([&](int i) {
+            const F32 w = load(weights_ + i);
+            const F32 kept = select(less(w, least), zero_f32(), w);
+            store(weights_ + i, kept);
+            return kept;
+        });
+    }
+
+    // The first token whose running sum of weights, in order of ids, passes u times the whole.
+    int32_t draw(double u) const {
+        const double target = u * total_;
+        double before = 0;
+        int32_t last_positive = -1;
+        for (int from = 0; from < padded_; from += kRun) {
+            const double sum = scratch_.runs[from / kRun];
+            const bool here = before + sum > target;
+            if (here || from + kRun >= padded_) {
+                double running = before;
+                for (int t = from; t < std::min(from + kRun, padded_); ++t) {
+                    if (weights_[t] == 0)
+                        continue;
+                    last_positive = t;
+                    running += static_cast<double>(weights_[t]);
+                    if (running > target)
+                        return t;
+                }
+                // Summed in another order the run fell short by a rounding: its last token.
+                if (here && last_positive >= 0)
+                    return last_positive;
             }
-            // Summed in another order the run fell short by a rounding: its last token, or that of a run before it.
-            if (before + sum > target && last_positive >= 0)
-                return last_positive;
+            before += sum;
         }
-        before += sum;
+        for (int t = padded_ - 1; t >= 0; --t) {
+            if (weights_[t] > 0)
+                return t;
+        }
+        return -1;
     }
-    for (int t = vocab - 1; t >= 0; --t) {
-        if (weights[t] > 0)
-            return t;
+
+  private:
+    // Calls f(i) for every vector, sums what it returns, and keeps each run's sum for `draw`. A run is summed in float
+    // lanes: 64 additions, whose rounding is far below the 2^-24 that u is drawn with.
+    template <class F>
+    void each_run(const F& f) {
+        total_ = 0;
+        for (int from = 0; from < padded_; from += kRun) {
+            F32 sum = zero_f32();
+            const int end = std::min(from + kRun, padded_);
+            for (int i = from; i < end; i += kLanes)
+                sum = sum + f(i);
+            const double run = static_cast<double>(reduce_add(sum));
+            scratch_.runs[from / kRun] = run;
+            total_ += run;
+        }
     }
-    return -1;
-}
+
+    struct Measure {
+        double count[kCuts] = {}, mass[kCuts] = {};
+    };
+
+    // Of the tokens at or above each of the cuts, among the first `size` of `keys` and `weights`.
+    template <bool MASS>
+    static Measure measure(const float* keys, const float* weights, int size, const float* cuts) {
+        Measure all;
+        const F32 one = set1(1.0f);
+        for (int from = 0; from < size; from += kRun) {
+            F32 count[kCuts], mass[kCuts], cut[kCuts];
+            for (int c = 0; c < kCuts; ++c) {
+                count[c] = mass[c] = zero_f32();
+                cut[c] = set1(cuts[c]);
+            }
+            const int end = std::min(from + kRun, size);
+            for (int i = from; i < end; i += kLanes) {
+                const F32 key = load(keys + i);
+                F32 w;
+                if constexpr (MASS)
+                    w = load(weights + i);
+#pragma GCC unroll 3
+                for (int c = 0; c < kCuts; ++c) {
+                    const Mask below = less(key, cut[c]);
+                    count[c] = select(below, count[c], count[c] + one);
+                    if constexpr (MASS)
+                        mass[c] = select(below, mass[c], mass[c] + w);
+                }
+            }
+            for (int c = 0; c < kCuts; ++c) {
+                all.count[c] += static_cast<double>(reduce_add(count[c]));
+                if constexpr (MASS)
+                    all.mass[c] += static_cast<double>(reduce_add(mass[c]));
+            }
+        }
+        return all;
+    }
+
+    // Copies the tokens from `low` to below `high` together: what further passes look at.
+    void gather(float low, float high) {
+        std::vector<int32_t>& tokens = scratch_.tokens;
+        tokens.clear();
+        const F32 from = set1(low), to = set1(high);
+        for (int i = 0; i < padded_; i += kLanes) {
+            const F32 key = load(keys_ + i);
+            for (uint32_t bits = lanes_of(less(key, to)) & ~lanes_of(less(key, from)); bits; bits &= bits - 1)
+                tokens.push_back(i + __builtin_ctz(bits));
+        }
+        const size_t size = (tokens.size() + kLanes - 1) / kLanes * kLanes;
+        scratch_.near_keys.assign(size, kMinusInf);
+        scratch_.near_weights.assign(size, 0.0f);
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            scratch_.near_keys[i] = keys_[tokens[i]];
+            scratch_.near_weights[i] = weights_[tokens[i]];
+        }
+    }
+
+    // Keeps the best tokens until their count, or mass, reaches `target`; equal logits by rising id.
+    //
+    // Nothing is sorted but what lies between two cuts, `low` and `high`, that a few passes bring so close together
+    // that few tokens are left between them: the target is reached at or above `low` and not above `high`.
+    template <bool MASS>
+    void keep(double target) {
+        float low = smallest_, high = std::nextafter(largest_, HUGE_VALF);
+        double count_low = num_left_, count_high = 0, above = 0;
+        bool gathered = false;
+        double gathered_count = 0, gathered_mass = 0; // at or above the `high` of that moment
+        for (int round = 0; count_low - count_high > kSorted && std::nextafter(low, high) < high; ++round) {
+            if (!gathered && count_low - count_high <= padded_ / 16) {
+                gather(low, high);
+                gathered = true;
+                gathered_count = count_high;
+                gathered_mass = above;
+            }
+            float cuts[kCuts];
+            for (int c = 0; c < kCuts; ++c)
+                cuts[c] = between(low, high, c + 1, round % 4 == 3);
+            const Measure m = gathered ? measure<MASS>(scratch_.near_keys.data(), scratch_.near_weights.data(),
+                                                       static_cast<int>(scratch_.near_keys.size()), cuts)
+                                       : measure<MASS>(keys_, weights_, padded_, cuts);
+            for (int c = 0; c < kCuts; ++c) {
+                const double count = gathered_count + m.count[c], reached = MASS ? gathered_mass + m.mass[c] : count;
+                if (reached >= target) {
+                    low = cuts[c];
+                    count_low = count;
+                } else {
+                    high = cuts[c];
+                    count_high = count;
+                    above = reached;
+                    break;
+                }
+            }
+        }
+        std::vector<int32_t>& tokens = scratch_.tokens;
+        if (gathered)
+            std::erase_if(tokens, [&](int t) { return keys_[t] < low || keys_[t] >= high; });
+        else
+            gather(low, high);
+        if (std::nextafter(low, high) < high) {
+            std::sort(tokens.begin(), tokens.end(),
+                      [&](int a, int b) { return keys_[a] != keys_[b] ? keys_[a] > keys_[b] : a < b; });
+        }
+        size_t kept = 0;
+        while (kept < tokens.size() && (above < target || (kept == 0 && count_high == 0))) {
+            above += MASS ? static_cast<double>(weights_[tokens[kept]]) : 1.0;
+            ++kept;
+        }
+        for (size_t i = kept; i < tokens.size(); ++i)
+            keys_[tokens[i]] = kMinusInf;
+        const F32 from = set1(low);
+        each_run([&](int i) {
+            const F32 key = load(keys_ + i);
+            const Mask dropped = less(key, from);
+            const F32 w = select(dropped, zero_f32(), load(weights_ + i));
+            store(keys_ + i, select(dropped, set1(kMinusInf), key));
+            store(weights_ + i, w);
+            return w;
+        });
+        smallest_ = low;
+        num_left_ = count_high + static_cast<double>(kept);
+    }
+
+    // Cut c of kCuts between two floats, apart from both where there is room: evenly by value, or by number of floats,
+    // which ends however the logits lie.
+    static float between(float low, float high, int c, bool by_order) {
+        float cut = low + (high - low) * (static_cast<float>(c) / (kCuts + 1));
+        if (by_order || !(cut > low && cut < high)) {
+            const int64_t a = ordinal(low), b = ordinal(high);
+            cut = from_ordinal(a + (b - a) * c / (kCuts + 1));
+        }
+        return std::max(cut, std::nextafter(low, high));
+    }
+    // Floats in order as integers.
+    static int64_t ordinal(float x) {
+        int32_t bits;
+        std::memcpy(&bits, &x, 4);
+        return bits >= 0 ? bits : -static_cast<int64_t>(bits & 0x7fffffff);
+    }
+    static float from_ordinal(int64_t n) {
+        const int32_t bits = static_cast<int32_t>(n >= 0 ? n : (-n) | 0x80000000ll);
+        float x;
+        std::memcpy(&x, &bits, 4);
+        return x;
+    }
+
+    int padded_;
+    float largest_, smallest_; // of the finite logits that are left
+    SamplerScratch& scratch_;
+    float *keys_, *weights_; // logits, -inf where forbidden; their weights
+    double total_ = 0;
+    double num_left_ = padded_; // tokens that may be left; what is forbidden counts, at first
+};
 
 } // namespace
 
@@ -252,20 +362,17 @@ int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, S
     const float temperature = how.temperature[r];
     if (top < 0 || temperature == 0)
         return top;
-    scratch.weights.resize(static_cast<size_t>(vocab));
-    float* weights = scratch.weights.data();
     const bool select = how.top_k[r] > 0 || how.top_p[r] < 1;
     // Selection counts the mass of all tokens, so min_p comes after it.
-    weigh(logits, vocab, logits[top], temperature, select ? 0.0f : how.min_p[r], weights);
-    if (select) {
-        keep_best(logits, vocab, logits[top], temperature, how.top_k[r], static_cast<double>(how.top_p[r]), weights);
-        for (int t = 0; t < vocab; ++t) {
-            if (weights[t] < how.min_p[r])
-                weights[t] = 0;
-        }
-    }
-    return draw(weights, vocab,
-                uniform(how.seed[r], static_cast<uint32_t>(how.choice[r]), static_cast<uint32_t>(how.position[r])));
+    Candidates left(logits, vocab, logits[top], temperature, select ? 0.0f : how.min_p[r], scratch);
+    if (how.top_k[r] > 0 && how.top_k[r] < vocab)
+        left.keep_count(how.top_k[r]);
+    if (how.top_p[r] < 1)
+        left.keep_mass(static_cast<double>(how.top_p[r]));
+    if (select && how.min_p[r] > 0)
+        left.drop_below(how.min_p[r]);
+    return left.draw(
+        uniform(how.seed[r], static_cast<uint32_t>(how.choice[r]), static_cast<uint32_t>(how.position[r])));
 }
 
 } // namespace seraph

@@ -23,8 +23,12 @@ struct Sampling {
 
 // Scratch of one thread.
 struct SamplerScratch {
-    std::vector<float> logits, weights; // [vocab]
-    std::vector<int32_t> counts;        // [vocab], zero between calls
+    std::vector<float> logits;        // [vocab]
+    std::vector<int32_t> counts;      // [vocab], zero between calls
+    std::vector<float> keys, weights; // [vocab, padded to whole vectors]
+    std::vector<double> runs;         // sums of weights
+    std::vector<int32_t> tokens;      // those close to a limit of a selection
+    std::vector<float> near_keys, near_weights;
 };
 
 // The token of row r, whose raw logits are float32 [vocab]; -1 where every token is forbidden.

@@ -65,6 +65,10 @@ SERAPH_INLINE Mask first_lanes(int n) {
     return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes)),
             _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lanes))};
 }
+// Bit i is lane i.
+SERAPH_INLINE uint32_t lanes_of(Mask m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
+}
 SERAPH_INLINE F32 select(Mask m, F32 yes, F32 no) {
     return {_mm256_blendv_ps(no.lo, yes.lo, m.lo), _mm256_blendv_ps(no.hi, yes.hi, m.hi)};
 }

@@ -59,6 +59,10 @@ SERAPH_INLINE Mask less(F32 a, F32 b) {
 SERAPH_INLINE Mask first_lanes(int n) {
     return static_cast<Mask>((1u << n) - 1u);
 }
+// Bit i is lane i.
+SERAPH_INLINE uint32_t lanes_of(Mask m) {
+    return m;
+}
 SERAPH_INLINE F32 select(Mask m, F32 yes, F32 no) {
     return {_mm512_mask_blend_ps(m, no.v, yes.v)};
 }

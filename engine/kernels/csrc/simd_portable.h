@@ -69,6 +69,13 @@ SERAPH_INLINE Mask first_lanes(int n) {
     const VecI lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return {lanes < (VecI{} + n)};
 }
+// Bit i is lane i.
+SERAPH_INLINE uint32_t lanes_of(Mask m) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i)
+        bits |= static_cast<uint32_t>(m.v[i] & 1) << i;
+    return bits;
+}
 SERAPH_INLINE F32 select(Mask m, F32 yes, F32 no) {
     return {m.v ? yes.v : no.v};
 }

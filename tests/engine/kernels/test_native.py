@@ -7,6 +7,7 @@ import functools
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -510,6 +511,55 @@ def test_the_sampler_waits_for_a_mask(isa: str) -> None:
     ready[0] = 1
     thread.join(timeout=30)
     assert chosen == [37]
+
+
+FAR = np.float32(3e38)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"top_k": 3},
+        {"top_k": 4096},
+        {"top_k": 49_151},
+        {"top_p": 0.5},
+        {"top_p": 0.999999},
+        {"top_k": 600, "top_p": 0.9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "lie",
+    [
+        "all equal",
+        "two values",
+        "neighbouring floats",
+        "one peak",
+        "ends of the range",
+        "powers",
+        "nearly all forbidden",
+    ],
+)
+def test_selection_ends_and_is_the_twins_however_logits_lie(isa: str, lie: str, how: dict[str, Any]) -> None:
+    """Whole vocabularies on which a search for a threshold, by value or by count, would go wrong or on forever."""
+    vocab, rng = 49_152, np.random.default_rng(5)
+    row = {
+        "all equal": lambda: np.full(vocab, -2.5),
+        "two values": lambda: np.where(rng.random(vocab) < 0.5, 1.0, np.nextafter(np.float32(1), np.float32(2))),
+        "neighbouring floats": lambda: np.float32(-7) + rng.integers(0, 5000, vocab) * np.float32(2**-21),
+        "one peak": lambda: np.where(np.arange(vocab) == 77, 50.0, rng.normal(size=vocab) * 1e-6),
+        "ends of the range": lambda: rng.choice(np.array([-FAR, FAR, 0.0, 1e-45, -1e-45]), vocab),
+        "powers": lambda: -np.exp2(rng.integers(-126, 10, vocab).astype(np.float64)),
+        "nearly all forbidden": lambda: np.where(rng.random(vocab) < 1e-3, rng.normal(size=vocab), -np.inf),
+    }[lie]()
+    logits = np.tile(row.astype(np.float32), (12, 1))
+    drawn = sampling(12, seed=9, **how)
+    chosen, expected = native_sample(isa, logits, drawn), sample(logits, drawn)
+    # What a draw means is the token's logit: among 49,152 summed masses, roundings move a draw to a neighbour.
+    assert np.mean(logits[0, chosen] != logits[0, expected]) <= 1 / 12
+    if "top_k" in how and lie != "all equal" and "top_p" not in how:
+        kept = np.argsort(-logits[0], kind="stable")[: how["top_k"]]
+        assert set(chosen.tolist()) <= set(kept.tolist())
 
 
 def test_logits_that_are_not_finite_are_never_chosen(isa: str) -> None:
