@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -543,7 +543,7 @@ FAR = np.float32(3e38)
 def test_selection_ends_and_is_the_twins_however_logits_lie(isa: str, lie: str, how: dict[str, Any]) -> None:
     """Whole vocabularies on which a search for a threshold, by value or by count, would go wrong or on forever."""
     vocab, rng = 49_152, np.random.default_rng(5)
-    row = {
+    lies: dict[str, Callable[[], Any]] = {
         "all equal": lambda: np.full(vocab, -2.5),
         "two values": lambda: np.where(rng.random(vocab) < 0.5, 1.0, np.nextafter(np.float32(1), np.float32(2))),
         "neighbouring floats": lambda: np.float32(-7) + rng.integers(0, 5000, vocab) * np.float32(2**-21),
@@ -551,8 +551,8 @@ def test_selection_ends_and_is_the_twins_however_logits_lie(isa: str, lie: str, 
         "ends of the range": lambda: rng.choice(np.array([-FAR, FAR, 0.0, 1e-45, -1e-45]), vocab),
         "powers": lambda: -np.exp2(rng.integers(-126, 10, vocab).astype(np.float64)),
         "nearly all forbidden": lambda: np.where(rng.random(vocab) < 1e-3, rng.normal(size=vocab), -np.inf),
-    }[lie]()
-    logits = np.tile(row.astype(np.float32), (12, 1))
+    }
+    logits = np.tile(lies[lie]().astype(np.float32), (12, 1))
     drawn = sampling(12, seed=9, **how)
     chosen, expected = native_sample(isa, logits, drawn), sample(logits, drawn)
     # What a draw means is the token's logit: among 49,152 summed masses, roundings move a draw to a neighbour.
