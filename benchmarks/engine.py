@@ -2,7 +2,8 @@
 
 Decoding is bound by reading the weights once a step, prefill by int8 dot products; each line shows what it used of the
 limit that binds it, measured on this machine just before. Overhead is the time of a step outside the kernels: the
-scheduler, the arrays and the books, in Python.
+scheduler, the arrays and the books, in Python. A second table says where the time inside them goes, and what the
+projections use of the larger of their two limits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from benchmarks.machine import Limits, cpu_name, measure_limits, parse_options, 
 from benchmarks.models import add_model_options, described, load
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.kernels.native import NativeProgram
 from engine.request import Request, SamplingParams
 from engine.weights import PackedModel
 
@@ -28,6 +31,9 @@ DECODE_PROMPT = 32  # tokens each stream starts from
 DECODE_STEPS = 64
 PREFILL = (128, 512, 2048)  # tokens of one prompt
 SEED = 20240607
+
+
+PROJECTIONS = {"qkv": "qkv", "out": "o", "gate_up": "gate_up", "down": "down", "head": "head"}  # phase: tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class Measurement:
     overhead_ms: float  # of it, outside the kernels
     used: float  # GB/s of weights, or 10**12 int8 operations a second
     share: float  # of the machine's limit
+    phases: Mapping[str, float]  # ms of a step (of all steps of a prompt) by kind of phase; empty ones left out
+    phase_shares: Mapping[str, float]  # of their limits, of the projections
 
 
 class Load:
@@ -55,6 +63,8 @@ class Load:
             threads=threads,
         )
         self.core = EngineCore(config, model)
+        assert isinstance(self.core.program, NativeProgram)  # what parse_options promises
+        self.program = self.core.program
         self.model = model.name
         self.title = described(model)
         self.rng = np.random.default_rng(SEED)
@@ -66,6 +76,14 @@ class Load:
         # Of a prompt every token goes through the layers, but only the last one through the head.
         shapes = [shape for name, shape in spec.tensor_shapes().items() if name.startswith("layers.")]
         self.operations_per_token = 2 * sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+        # Of each kind of projection, over all layers: bytes read a step, operations a row.
+        self.projections: dict[str, tuple[int, int]] = {}
+        tensors = {name: (t.data.nbytes, t.format) for name, t in model.weights.items()}
+        tensors.setdefault("head", tensors["embed"])
+        for phase, tensor in PROJECTIONS.items():
+            own = [v for name, v in tensors.items() if name.split(".")[-1] == tensor]
+            operations = sum(2 * fmt.n * fmt.k for _, fmt in own if fmt is not None)
+            self.projections[phase] = sum(nbytes for nbytes, _ in own), operations
         self.count = 0
 
     def add(self, length: int, max_tokens: int) -> None:
@@ -81,12 +99,27 @@ class Load:
         )
 
     def run(self, num_steps: int | None = None) -> tuple[float, float, int]:
-        """Step so often, or until all is done: seconds, seconds of them inside the kernels, steps."""
+        """Step so often, or until all is done: seconds, seconds of them inside the kernels, steps.
+
+        The program's profile is of these steps.
+        """
+        self.program.profile(True)
         before, start = self.core.stats(), time.perf_counter()
         while self.core.has_work and (num_steps is None or self.core.stats().num_steps - before.num_steps < num_steps):
             self.core.step()
         seconds, after = time.perf_counter() - start, self.core.stats()
         return seconds, after.step_seconds - before.step_seconds, after.num_steps - before.num_steps
+
+    def phases(self, steps: int, rows: int, head_rows: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Of the last `run`: ms of each kind of phase, a step where there is more than one to tell apart; the
+        projections' shares of their limits with so many rows in each of `steps` steps."""
+        seconds = {name: value for name, value in self.program.phase_seconds().items() if value > 0}
+        shares = {}
+        for phase, (nbytes, operations) in self.projections.items():
+            by_read = steps * nbytes / (self.read_limit * 1e9)
+            by_rate = steps * operations * (head_rows if phase == "head" else rows) / (self.int8_limit * 1e12)
+            shares[phase] = max(by_read, by_rate) / seconds[phase]
+        return seconds, shares
 
     def decode(self, num_streams: int) -> Measurement:
         """All streams with their prompts behind them, so many steps of one token each."""
@@ -97,6 +130,7 @@ class Load:
         # A few more, until the last admitted stream decodes with the others.
         self.run(4)
         seconds, inside, steps = self.run(DECODE_STEPS)
+        phases, shares = self.phases(steps, num_streams, num_streams)
         self.run()
         used = self.weight_bytes * steps / seconds / 1e9
         return Measurement(
@@ -107,12 +141,15 @@ class Load:
             overhead_ms=(seconds - inside) / steps * 1e3,
             used=used,
             share=used / self.read_limit,
+            phases={name: value / steps * 1e3 for name, value in phases.items()},
+            phase_shares=shares,
         )
 
     def prefill(self, length: int) -> Measurement:
         """One prompt, from nothing to its first token."""
         self.add(length, max_tokens=1)
-        seconds, inside, _ = self.run()
+        seconds, inside, steps = self.run()
+        phases, shares = self.phases(steps, -(-length // steps), 1)
         used = self.operations_per_token * length / seconds / 1e12
         return Measurement(
             load="prefill",
@@ -122,6 +159,8 @@ class Load:
             overhead_ms=(seconds - inside) * 1e3,
             used=used,
             share=used / self.int8_limit,
+            phases={name: value * 1e3 for name, value in phases.items()},
+            phase_shares=shares,
         )
 
 
@@ -140,8 +179,18 @@ def median(same: list[Measurement]) -> Measurement:
     def middle(field: str) -> float:
         return float(statistics.median(getattr(m, field) for m in same))
 
+    def middles(field: str) -> dict[str, float]:
+        return {name: statistics.median(getattr(m, field)[name] for m in same) for name in getattr(same[0], field)}
+
     fields = ("tokens_per_second", "step_ms", "overhead_ms", "used", "share")
-    return Measurement(load=same[0].load, size=same[0].size, **{field: middle(field) for field in fields})
+    figures = {field: middle(field) for field in fields}
+    return Measurement(
+        load=same[0].load,
+        size=same[0].size,
+        phases=middles("phases"),
+        phase_shares=middles("phase_shares"),
+        **figures,
+    )
 
 
 def table_of(measurements: list[Measurement], load: Load, isa: str, threads: int) -> Table:
@@ -164,6 +213,22 @@ def table_of(measurements: list[Measurement], load: Load, isa: str, threads: int
     return table
 
 
+def breakdown_of(measurements: list[Measurement]) -> Table:
+    """Where the time inside the kernels goes: ms, share of it, and of a projection its share of the limit."""
+    table = Table(title="milliseconds inside the kernels (share of them; projections: share of their own limit)")
+    table.add_column("phase")
+    for m in measurements:
+        table.add_column(f"{m.load} {m.size}", justify="right")
+    for name in max((m.phases for m in measurements), key=len):
+        cells = []
+        for m in measurements:
+            ms, total = m.phases.get(name, 0.0), sum(m.phases.values())
+            limit = f"; {m.phase_shares[name]:.0%}" if name in m.phase_shares else ""
+            cells.append(f"{ms:.3g} ({ms / total:.0%}{limit})")
+        table.add_row(name, *cells)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
@@ -178,7 +243,9 @@ def main() -> None:
     finally:
         loaded.core.close()
         model.close()
-    Console(width=140).print(table_of(measurements, loaded, isa, args.threads))
+    console = Console(width=160)
+    console.print(table_of(measurements, loaded, isa, args.threads))
+    console.print(breakdown_of(measurements))
     if args.json:
         figures = {"cpu": cpu_name(), "model": model.name, "quantization": args.quantization}
         figures |= {"isa": isa, "threads": args.threads}

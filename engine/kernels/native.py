@@ -97,6 +97,14 @@ class NativeProgram:
         check_copies(pairs, self.num_blocks)
         self._program.copy_blocks(pairs)
 
+    def profile(self, on: bool) -> None:
+        """Start, or stop, adding up the seconds that each kind of phase takes; those so far are forgotten."""
+        self._program.profile(on)
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds of each kind of phase of the steps since `profile`, in the order of a step."""
+        return dict(self._program.phase_seconds())
+
     def close(self) -> None:
         """See `Program.close`."""
         self._program.close()

@@ -1,7 +1,9 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <iterator>
 
 #include "simd.h"
 
@@ -34,7 +36,7 @@ QuantRows Decoder::Activations::quants() {
 
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv, int threads)
     : shape_(shape), weights_(std::move(weights)), kv_{kv, shape.num_layers, shape.num_kv_heads, shape.head_dim},
-      team_(threads, 10 * shape.num_layers + 4), attention_(kv_, shape.num_heads, threads),
+      team_(threads, 9 * shape.num_layers + 4), attention_(kv_, shape.num_heads, threads),
       own_(static_cast<size_t>(threads)), own_phase_(static_cast<size_t>(threads)),
       scratch_(static_cast<size_t>(threads)), sampler_(static_cast<size_t>(threads)) {
     const auto add = [this](Op op, int layer, const Matrix* w) { phases_.push_back({op, layer, w}); };
@@ -49,28 +51,58 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv
         add(Op::kOut, i, &layer.o);
         add(Op::kFfnNorm, i, &layer.gate_up);
         add(Op::kGateUp, i, &layer.gate_up);
-        add(Op::kGate, i, &layer.down);
         add(Op::kDown, i, &layer.down);
     }
     add(Op::kFinal, 0, &weights_.head);
     add(Op::kHead, 0, &weights_.head);
     add(Op::kSample, 0, nullptr);
     work_.resize(phases_.size());
-    // What attention and the gate leave is float32 already: a matrix of bfloat16 reads it where it lies.
+    // What attention leaves is float32 already: a matrix of bfloat16 reads it where it lies. The gate leaves either.
     for (const auto& [op, layer, w] : phases_) {
-        if (op == Op::kQkv || op == Op::kOut || op == Op::kGateUp || op == Op::kDown || op == Op::kHead) {
+        if (op == Op::kQkv || op == Op::kOut || op == Op::kGateUp || op == Op::kHead) {
             if (w->quantized())
                 widest_quants_ = std::max(widest_quants_, w->k);
-            else if (op != Op::kOut && op != Op::kDown)
+            else if (op != Op::kOut)
                 widest_floats_ = std::max(widest_floats_, w->k);
+        } else if (op == Op::kDown) {
+            (w->quantized() ? gated_quants_wanted_ : gated_floats_wanted_) = true;
         }
     }
 }
 
 void Decoder::run(const Step& step, const int32_t* previous) {
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point last = profiling_ ? Clock::now() : Clock::time_point();
+    const auto lap = [&](double& to) {
+        const Clock::time_point now = Clock::now();
+        to += std::chrono::duration<double>(now - last).count();
+        last = now;
+    };
     previous_ = previous;
     prepare(step);
-    team_.run(work_, [this](int phase, int first, int last, int thread) { compute(phase, first, last, thread); });
+    Team::After after;
+    if (profiling_) {
+        lap(prepare_seconds_);
+        after = [&](int phase) { lap(op_seconds_[static_cast<int>(phases_[phase].op)]); };
+    }
+    team_.run(
+        work_, [this](int phase, int first, int last, int thread) { compute(phase, first, last, thread); }, after);
+}
+
+void Decoder::profile(bool on) {
+    profiling_ = on;
+    prepare_seconds_ = 0;
+    std::fill(std::begin(op_seconds_), std::end(op_seconds_), 0.0);
+}
+
+std::vector<std::pair<std::string, double>> Decoder::phase_seconds() const {
+    static constexpr const char* kNames[] = {"embed",    "attn_norm", "qkv",  "rope",  "attend", "merge", "out",
+                                             "ffn_norm", "gate_up",   "down", "final", "head",   "sample"};
+    static_assert(std::size(kNames) == static_cast<size_t>(Op::kCount));
+    std::vector<std::pair<std::string, double>> all{{"prepare", prepare_seconds_}};
+    for (size_t i = 0; i < std::size(kNames); ++i)
+        all.emplace_back(kNames[i], op_seconds_[i]);
+    return all;
 }
 
 void Decoder::prepare(const Step& step) {
@@ -82,7 +114,7 @@ void Decoder::prepare(const Step& step) {
     grow(x_, tokens * s.hidden);
     grow(qkv_, tokens * weights_.layers[0].qkv.n);
     grow(attended_, tokens * q_size);
-    grow(gated_, tokens * s.intermediate);
+    gated_.make_room(tokens, gated_quants_wanted_ ? s.intermediate : 0, gated_floats_wanted_ ? s.intermediate : 0);
     grow(request_of_, tokens);
     shared_.make_room(std::max(tokens, rows), widest_quants_, widest_floats_);
     if (own_activations_) {
@@ -118,8 +150,6 @@ Team::Work Decoder::work_of(const Phase& phase) const {
     case Op::kAttnNorm:
     case Op::kFfnNorm:
         return {own_activations_ ? 0 : row_tiles, 1};
-    case Op::kGate:
-        return {own_activations_ || !phase.w->quantized() ? 0 : row_tiles, 1};
     case Op::kRope:
         return {row_tiles, 1};
     case Op::kAttend:
@@ -138,6 +168,8 @@ Team::Work Decoder::work_of(const Phase& phase) const {
         return projection(wants_logits ? step_.num_rows : 0, false);
     case Op::kSample:
         return {step_.sampling ? step_.num_rows : 0, 1};
+    case Op::kCount:
+        break;
     }
     return {0, 1};
 }
@@ -158,8 +190,6 @@ void Decoder::compute(int phase, int first, int last, int thread) {
         return merge(*w, first);
     case Op::kFfnNorm:
         return norm_rows(layer.ffn_norm, *w, first, thread);
-    case Op::kGate:
-        return quantize_rows(gated_.data(), shape_.intermediate, first);
     case Op::kQkv:
     case Op::kOut:
     case Op::kGateUp:
@@ -170,6 +200,8 @@ void Decoder::compute(int phase, int first, int last, int thread) {
         return final_row(first, thread);
     case Op::kSample:
         return sample(first, thread);
+    case Op::kCount:
+        break;
     }
 }
 
@@ -208,31 +240,26 @@ void Decoder::norm_rows(const float* weight, const Matrix& w, int tile, int thre
         norm_row(x_.data() + static_cast<int64_t>(row) * shape_.hidden, weight, w, shared_, row, thread);
 }
 
-void Decoder::quantize_rows(const float* from, int k, int tile) {
-    const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
-    for (int row = tile * kRowsPerTile; row < end; ++row)
-        quantize_row(from + static_cast<int64_t>(row) * k, k, shared_.quants(), row);
-}
-
 // The input of a projection in the form that its matrix reads: what the phase before it made, or, in a small step, what
 // this thread makes for itself at its first tile. Both run the same code on the same rows.
 InputRows Decoder::input_of(int phase, int thread) {
     const auto [op, i, w] = phases_[phase];
     const DecoderLayer& layer = weights_.layers[i];
-    const bool normed = op == Op::kQkv || op == Op::kGateUp;
-    const float* from = normed ? x_.data() : op == Op::kOut ? attended_.data() : gated_.data();
-    if (!w->quantized() && (op == Op::kOut || op == Op::kDown))
-        return {{}, from};
+    if (op == Op::kDown)
+        return {gated_.quants(), gated_.values.data()};
     if (op == Op::kHead)
         return {shared_.quants(), step_.hidden ? step_.hidden : shared_.values.data()};
+    if (!w->quantized() && op == Op::kOut)
+        return {{}, attended_.data()};
     if (!own_activations_)
         return {shared_.quants(), shared_.values.data()};
     Activations& own = own_[thread];
+    const float* from = op == Op::kOut ? attended_.data() : x_.data();
     for (int row = 0; own_phase_[thread] != phase && row < step_.num_tokens; ++row, from += w->k) {
-        if (normed)
-            norm_row(from, op == Op::kQkv ? layer.attn_norm : layer.ffn_norm, *w, own, row, thread);
-        else
+        if (op == Op::kOut)
             quantize_row(from, w->k, own.quants(), row);
+        else
+            norm_row(from, op == Op::kQkv ? layer.attn_norm : layer.ffn_norm, *w, own, row, thread);
     }
     own_phase_[thread] = phase;
     return {own.quants(), own.values.data()};
@@ -241,8 +268,8 @@ InputRows Decoder::input_of(int phase, int thread) {
 // Tiles of a projection: a strip times up to kTileRows rows, or, where the grain is two, halves of one. Between a pass
 // and its epilogue its sums lie in `out`: whatever is added to a projection before its epilogue is added there.
 void Decoder::project(int phase, int first, int last, int thread) {
-    const Op op = phases_[phase].op;
-    const Matrix& w = *phases_[phase].w;
+    const auto [op, layer, matrix] = phases_[phase];
+    const Matrix& w = *matrix;
     const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
     const int chunks = ceil_div(num_rows, kTileRows);
     const bool halves = work_[phase].grain == 2; // one chunk
@@ -256,13 +283,13 @@ void Decoder::project(int phase, int first, int last, int thread) {
         const int row = begin + count * pass / passes, rows = begin + count * (pass + 1) / passes - row;
         project_strip(w, strip, first_half, last_half, x, row, rows, out);
         for (int r = 0; r < rows; ++r) {
-            epilogue(op, w, row + r, strip * kStrip, first_half * 32, last_half * 32, out + r * kStrip);
+            epilogue(op, layer, w, row + r, strip * kStrip, first_half * 32, last_half * 32, out + r * kStrip);
         }
     }
 }
 
 // Columns [from, to) of a strip whose first column is `column`; y float32 [64].
-void Decoder::epilogue(Op op, const Matrix& w, int row, int column, int from, int to, const float* y) {
+void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int column, int from, int to, const float* y) {
     const int end = std::min(to, w.n - column);
     switch (op) {
     case Op::kQkv:
@@ -276,11 +303,18 @@ void Decoder::epilogue(Op op, const Matrix& w, int row, int column, int from, in
         break;
     }
     case Op::kGateUp: {
-        float* gated = gated_.data() + static_cast<int64_t>(row) * shape_.intermediate + column / 2;
-        for (int c = 0; c < kStrip / 2; c += kLanes) {
+        // A strip is 32 gates and their 32 ups: what it makes is one group of the next projection's input.
+        static_assert(kStrip / 2 == kGroup);
+        const int k = shape_.intermediate;
+        const bool quantized = weights_.layers[layer].down.quantized();
+        float group[kGroup];
+        float* gated = quantized ? group : gated_.values.data() + static_cast<int64_t>(row) * k + column / 2;
+        for (int c = 0; c < kGroup; c += kLanes) {
             const F32 gate = load(y + c), one = set1(1.0f);
-            store(gated + c, gate / (one + exp(zero_f32() - gate)) * load(y + kStrip / 2 + c));
+            store(gated + c, gate / (one + exp(zero_f32() - gate)) * load(y + kGroup + c));
         }
+        if (quantized)
+            quantize_group(group, k, gated_.quants(), row, column / kStrip);
         break;
     }
     case Op::kHead: {
@@ -334,7 +368,8 @@ void Decoder::merge(const Matrix& w, int index) {
         if (attention_.split_row(i) >= begin && attention_.split_row(i) < end)
             attention_.merge(i, attended_.data());
     }
-    quantize_rows(attended_.data(), shape_.num_heads * shape_.head_dim, index);
+    for (int row = begin; row < end; ++row)
+        quantize_row(attended_.data() + static_cast<int64_t>(row) * w.k, w.k, shared_.quants(), row);
 }
 
 void Decoder::final_row(int row, int thread) {

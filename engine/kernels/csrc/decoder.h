@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -41,6 +43,11 @@ class Decoder {
 
     int threads() const { return team_.size(); }
 
+    // From now on, or no longer, steps add up the seconds that each kind of phase takes; those so far are forgotten.
+    void profile(bool on);
+    // Of every kind of phase by name, in the order of a step; "prepare" is what precedes the first.
+    std::vector<std::pair<std::string, double>> phase_seconds() const;
+
   private:
     enum class Op {
         kEmbed,
@@ -52,11 +59,11 @@ class Decoder {
         kOut,
         kFfnNorm,
         kGateUp,
-        kGate,
         kDown,
         kFinal,
         kHead,
-        kSample
+        kSample,
+        kCount
     };
     struct Phase {
         Op op;
@@ -81,10 +88,9 @@ class Decoder {
     void norm(const float* x, const float* weight, float* out) const;
     void norm_row(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int thread);
     void norm_rows(const float* weight, const Matrix& w, int tile, int thread);
-    void quantize_rows(const float* from, int k, int tile);
     InputRows input_of(int phase, int thread);
     void project(int phase, int first, int last, int thread);
-    void epilogue(Op op, const Matrix& w, int row, int column, int from, int to, const float* y);
+    void epilogue(Op op, int layer, const Matrix& w, int row, int column, int from, int to, const float* y);
     void rope(int layer, int tile, int thread);
     void merge(const Matrix& w, int index);
     void final_row(int row, int thread);
@@ -94,19 +100,23 @@ class Decoder {
     DecoderWeights weights_;
     KvCache kv_;
     std::vector<Phase> phases_;
-    int widest_quants_ = 0, widest_floats_ = 0; // inputs of a row that phases prepare in each form
+    int widest_quants_ = 0, widest_floats_ = 0;                      // inputs of a row that phases prepare in each form
+    bool gated_quants_wanted_ = false, gated_floats_wanted_ = false; // by some layer's down
     Team team_;
     StepAttention attention_;
+
+    bool profiling_ = false;
+    double prepare_seconds_ = 0, op_seconds_[static_cast<int>(Op::kCount)] = {};
 
     // Of the step that runs.
     Step step_{};
     const int32_t* previous_ = nullptr;
     bool own_activations_ = false; // few rows: each thread makes a projection's input for itself, a phase is saved
     std::vector<Team::Work> work_; // [phases]
-    std::vector<float> x_, qkv_, attended_, gated_; // [tokens, ...]
-    std::vector<float> logits_;                     // [rows, vocab], where the caller wants none
-    std::vector<int32_t> request_of_;               // [tokens]
-    Activations shared_;
+    std::vector<float> x_, qkv_, attended_;   // [tokens, ...]
+    std::vector<float> logits_;               // [rows, vocab], where the caller wants none
+    std::vector<int32_t> request_of_;         // [tokens]
+    Activations shared_, gated_;              // gated_: what down reads, made group by group
     std::vector<Activations> own_;            // [threads]
     std::vector<int> own_phase_;              // [threads] the phase own_ was filled for
     std::vector<std::vector<float>> scratch_; // [threads]

@@ -7,24 +7,26 @@
 
 namespace seraph {
 
+void quantize_group(const float* x, int k, const QuantRows& to, int row, int group) {
+    const F32 a = load(x), b = load(x + kLanes);
+    const float amax = reduce_max(max(abs(a), abs(b)));
+    // A group of zeros, or of values so small that the quotient overflows, becomes zeros.
+    const float quotient = 127.0f / amax, inverse = quotient < HUGE_VALF ? quotient : 0.0f;
+    const I32 qa = round_i32(a * set1(inverse)), qb = round_i32(b * set1(inverse));
+    int8_t* q = to.q + static_cast<int64_t>(row) * k + group * kGroup;
+    store_i8(q, qa);
+    store_i8(q + kLanes, qb);
+    const int32_t sum = reduce_add(qa + qb);
+    const int64_t at = static_cast<int64_t>(row) * (k / kGroup) + group;
+    const float scale = amax / 127.0f;
+    to.scale[at] = scale;
+    to.scaled_sum[at] = scale * static_cast<float>(sum);
+    to.start[at] = -8 * sum;
+}
+
 void quantize_row(const float* x, int k, const QuantRows& to, int row) {
-    const int groups = k / kGroup;
-    for (int g = 0; g < groups; ++g) {
-        const F32 a = load(x + g * kGroup), b = load(x + g * kGroup + kLanes);
-        const float amax = reduce_max(max(abs(a), abs(b)));
-        // A group of zeros, or of values so small that the quotient overflows, becomes zeros.
-        const float quotient = 127.0f / amax, inverse = quotient < HUGE_VALF ? quotient : 0.0f;
-        const I32 qa = round_i32(a * set1(inverse)), qb = round_i32(b * set1(inverse));
-        int8_t* q = to.q + static_cast<int64_t>(row) * k + g * kGroup;
-        store_i8(q, qa);
-        store_i8(q + kLanes, qb);
-        const int32_t sum = reduce_add(qa + qb);
-        const int64_t at = static_cast<int64_t>(row) * groups + g;
-        const float scale = amax / 127.0f;
-        to.scale[at] = scale;
-        to.scaled_sum[at] = scale * static_cast<float>(sum);
-        to.start[at] = -8 * sum;
-    }
+    for (int g = 0; g < k / kGroup; ++g)
+        quantize_group(x + g * kGroup, k, to, row, g);
 }
 
 namespace {

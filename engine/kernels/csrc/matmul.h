@@ -40,6 +40,8 @@ struct InputRows {
     const float* values; // [rows, k], what a matrix of bfloat16 reads
 };
 
+// 32 values x into group `group` of row `row` of `to`, whose rows have k values.
+void quantize_group(const float* x, int k, const QuantRows& to, int row, int group);
 // One row x float32 [k] into row `row` of `to`.
 void quantize_row(const float* x, int k, const QuantRows& to, int row);
 

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -171,6 +172,10 @@ class Program {
         }
     }
 
+    void profile(bool on) { open().profile(on); }
+
+    std::vector<std::pair<std::string, double>> phase_seconds() { return open().phase_seconds(); }
+
     void close() {
         decoder_.reset();
         kv_.reset();
@@ -293,6 +298,8 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("logits_rows"), nb::arg("causal"),
              nb::arg("sampling").none(), nb::arg("logits").none(), nb::arg("hidden").none(), nb::arg("chosen"))
         .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
+        .def("profile", &Program::profile, nb::arg("on"))
+        .def("phase_seconds", &Program::phase_seconds)
         .def("close", &Program::close);
     m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
     m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"));

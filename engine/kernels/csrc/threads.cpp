@@ -68,7 +68,7 @@ Team::~Team() {
         worker.join();
 }
 
-void Team::run(const std::vector<Work>& work, const Tiles& tiles) {
+void Team::run(const std::vector<Work>& work, const Tiles& tiles, const After& after) {
     const int n = static_cast<int>(work.size());
     if (n > max_phases_)
         throw std::logic_error("Team::run: more phases than the team was made for");
@@ -82,7 +82,9 @@ void Team::run(const std::vector<Work>& work, const Tiles& tiles) {
         phases_[p].grain = work[p].grain;
         phases_[p].left.store(step << 32 | total, std::memory_order_relaxed);
         for (int t = 0; t < threads_; ++t) {
-            const uint64_t begin = total * t / threads_, end = total * (t + 1) / threads_;
+            // Rounded up, so that a single tile is the caller's, who is awake.
+            const auto bound = [&](uint64_t share) { return (total * share + threads_ - 1) / threads_; };
+            const uint64_t begin = bound(t), end = bound(t + 1);
             shares_[p * threads_ + t].ticket.store((step & kStepMask) << 40 | end << 20 | begin,
                                                    std::memory_order_relaxed);
         }
@@ -91,16 +93,18 @@ void Team::run(const std::vector<Work>& work, const Tiles& tiles) {
     bell_.fetch_add(1);
     if (sleeping_.load() > 0)
         futex_wake_all(bell_);
-    compute(step, 0, n);
+    compute(step, 0, n, after);
 }
 
-void Team::compute(uint64_t step, int thread, int num_phases) {
+void Team::compute(uint64_t step, int thread, int num_phases, const After& after) {
     for (int p = 0; p < num_phases; ++p) {
         for (int i = 0; i < threads_; ++i) {
             if (!compute_share(step, p, (thread + i) % threads_, thread))
                 return;
         }
         wait_done(phases_[p], step);
+        if (after)
+            after(p);
     }
 }
 
@@ -160,7 +164,7 @@ void Team::worker_main(int thread) {
         }
         const uint64_t step = step_.load();
         if (!quit_)
-            compute(step, thread, num_phases_.load());
+            compute(step, thread, num_phases_.load(), {});
         finished = step;
     }
 }

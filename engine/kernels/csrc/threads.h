@@ -36,8 +36,9 @@ class Team {
     using Tiles = std::function<void(int phase, int first, int last, int thread)>;
 
     // Runs every tile of phase 0, then every tile of phase 1, ... Returns when all are done. Not reentrant. `tiles`
-    // must not throw.
-    void run(const std::vector<Work>& work, const Tiles& tiles);
+    // must not throw. `after`, where there is one, is called by the calling thread when a phase is over.
+    using After = std::function<void(int phase)>;
+    void run(const std::vector<Work>& work, const Tiles& tiles, const After& after = {});
 
   private:
     struct alignas(64) Share {
@@ -48,7 +49,7 @@ class Team {
         int grain = 1;
     };
 
-    void compute(uint64_t step, int thread, int num_phases);
+    void compute(uint64_t step, int thread, int num_phases, const After& after);
     bool compute_share(uint64_t step, int phase, int owner, int thread);
     void wait_done(Phase& phase, uint64_t step);
     void worker_main(int thread);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from engine.errors import ConfigError
 from engine.kernels import available_isas, create_program, select_isa
 from engine.kernels.batch import Float32, Int32, Program, SamplingArrays
 from engine.kernels.layout import Correction, PackedTensor, pack_bf16, to_bf16
-from engine.kernels.native import ROPE_PIECE, RopeTables, build, native_matrix, native_sampling
+from engine.kernels.native import ROPE_PIECE, NativeProgram, RopeTables, build, native_matrix, native_sampling
 from engine.kernels.reference import QuantizedMatrix, ReferenceProgram, kernel_matrix, rope_tables
 from engine.kernels.reference_sampler import sample, uniform
 from engine.models.spec import DecoderSpec, RopeSpec
@@ -324,6 +325,27 @@ def test_more_threads_than_cores_neither_hang_nor_change_a_bit(isa: str) -> None
     for _ in range(3):
         np.testing.assert_array_equal(sequence_logits(crowd, spec, tokens, chunk=2), expected)
     crowd.close()
+
+
+def test_a_profile_accounts_for_the_time_of_the_steps_it_saw(isa: str) -> None:
+    spec = SPECS["grouped"]
+    program = make_program(spec, isa)
+    assert isinstance(program, NativeProgram)
+    batch = make_batch([Piece(ids(30, spec), 0, [3])], spec, rows=[29], sampling=greedy(1))
+    program.step(batch)
+    assert set(program.phase_seconds().values()) == {0.0}
+    program.profile(True)
+    start = time.perf_counter()
+    program.step(batch)
+    seconds = time.perf_counter() - start
+    seen = program.phase_seconds()
+    assert list(seen)[:3] == ["prepare", "embed", "attn_norm"]
+    assert all(seen[name] > 0 for name in ("prepare", "qkv", "attend", "out", "gate_up", "down", "head", "sample"))
+    assert sum(seen.values()) <= seconds
+    program.profile(False)
+    program.step(batch)
+    assert set(program.phase_seconds().values()) == {0.0}
+    program.close()
 
 
 def test_a_closed_program_computes_no_more(isa: str) -> None:
