@@ -64,8 +64,9 @@ format: $(STAMPS)/test ## mend what formatting and lint can mend by themselves
 	$(VENV)/bin/clang-format -i $(KERNELS)
 
 .PHONY: bench
-bench: $(STAMPS)/seraph ## measure the kernels and the engine beside this machine's limits
+bench: $(STAMPS)/seraph $(STAMPS)/bench ## measure kernels, sampler and engine beside this machine's limits
 	@$(PY) -m benchmarks.kernels $(ARGS)
+	@$(PY) -m benchmarks.sampler $(ARGS)
 	@$(PY) -m benchmarks.engine $(ARGS)
 
 .PHONY: bench-peers

@@ -37,7 +37,8 @@ class SamplingArrays:
     8. min-p keeps, of those, the tokens with w >= min_p, which is probability >= min_p * the largest probability
     9. one draw: u in [0, 1) is the upper 24 bits of the first word of Philox4x32-10 (Salmon et al., SC'11) with key
        (seed's low word, its high word) and counter (position, choice, 0, 0). Over the kept tokens by rising id, with a
-       running sum of w, it takes the first token whose sum exceeds u * the sum of all. Sums of weights are float64.
+       running sum of w, it takes the first token whose sum exceeds u * the sum of all. Sums of weights are float64, or
+       within 2^-24 of that
 
     Where every token is forbidden, the row's result is -1.
     """
