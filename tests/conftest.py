@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,12 @@ import pytest
 from engine import logs
 from engine.config import DEFAULT_MODEL
 from engine.weights import PackedModel, load_model
+
+
+def pytest_configure() -> None:
+    # A shell without job control starts what it puts in the background with SIGINT ignored, and so would every child
+    # that the tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
