@@ -54,10 +54,11 @@ class Measurement:
 class Load:
     """The model's core and the work that one token or one step means."""
 
-    def __init__(self, model: PackedModel, limits: Limits, *, isa: str, threads: int) -> None:
+    def __init__(self, model: PackedModel, limits: Limits, *, kv_cache_dtype: str, isa: str, threads: int) -> None:
         config = EngineConfig(
             max_num_seqs=max(STREAMS),
             kv_cache_tokens=max(STREAMS) * 256,
+            kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=False,
             isa=isa,
             threads=threads,
@@ -66,7 +67,7 @@ class Load:
         assert isinstance(self.core.program, NativeProgram)  # what parse_options promises
         self.program = self.core.program
         self.model = model.name
-        self.title = described(model)
+        self.title = f"{described(model)}, {kv_cache_dtype} keys and values"
         self.rng = np.random.default_rng(SEED)
         self.read_limit, self.int8_limit = limits.read_gbs[threads], limits.int8_tops[threads]
         spec = model.info.spec
@@ -237,7 +238,7 @@ def main() -> None:
 
     model = load(parser, args)
     limits = measure_limits(isa, args.threads, args.repeats)
-    loaded = Load(model, limits, isa=isa, threads=args.threads)
+    loaded = Load(model, limits, kv_cache_dtype=args.kv_cache_dtype, isa=isa, threads=args.threads)
     try:
         measurements = measure(loaded, args.repeats)
     finally:
@@ -248,7 +249,7 @@ def main() -> None:
     console.print(breakdown_of(measurements))
     if args.json:
         figures = {"cpu": cpu_name(), "model": model.name, "quantization": args.quantization}
-        figures |= {"isa": isa, "threads": args.threads}
+        figures |= {"isa": isa, "threads": args.threads, "kv_cache_dtype": args.kv_cache_dtype}
         figures |= {"limits": asdict(limits), "loads": [asdict(m) for m in measurements]}
         write_json(args.json, figures)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from engine.config import DEFAULT_MODEL, QUANTIZATIONS
+from engine.config import DEFAULT_MODEL, KV_DTYPES, QUANTIZATIONS
 from engine.errors import SeraphError
 from engine.weights import PackedModel, load_model
 from engine.weights.progress_bar import RichProgress
@@ -14,6 +14,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that `load` reads."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="alias or source (default: %(default)s)")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of float weights (default: as they are stored)")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=KV_DTYPES, default=KV_DTYPES[0], help="of keys and values (default: %(default)s)"
+    )
 
 
 def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> PackedModel:

@@ -29,12 +29,15 @@ WARM_TOKENS = 8
 class Bench:
     """A core of the model with room for so many streams of so many tokens."""
 
-    def __init__(self, model: PackedModel, *, streams: int, length: int, isa: str, threads: int) -> None:
+    def __init__(
+        self, model: PackedModel, *, streams: int, length: int, kv_cache_dtype: str, isa: str, threads: int
+    ) -> None:
         blocks = -(-(length + WARM_TOKENS + 1) // BLOCK_SIZE) + 1
         self.core = EngineCore(
             EngineConfig(
                 max_num_seqs=max(streams, 1),
                 kv_cache_tokens=streams * blocks * BLOCK_SIZE,
+                kv_cache_dtype=kv_cache_dtype,
                 enable_prefix_caching=False,
                 isa=isa,
                 threads=threads,
@@ -72,7 +75,7 @@ class Bench:
         weights = sum(tensor.data.nbytes for tensor in self.model.weights.values())
         if not spec.tie_embeddings:  # of the embedding only a row a token is read
             weights -= self.model.weights["embed"].data.nbytes
-        return weights + streams * context * spec.kv_bytes_per_token()
+        return weights + streams * context * spec.kv_bytes_per_token(self.core.config.kv_cache_dtype)
 
     def decode(self, streams: int, prompt: int, tokens: int) -> dict[str, float]:
         """`streams` prompts of `prompt` tokens behind them, then steps in which all of them decode."""
@@ -120,7 +123,14 @@ def main() -> None:
         parser.error("streams, prompt and tokens must be at least 1")
     model = load(parser, args)
     length = args.prompt + args.tokens
-    bench = Bench(model, streams=args.streams, length=length, isa=args.isa, threads=args.threads)
+    bench = Bench(
+        model,
+        streams=args.streams,
+        length=length,
+        kv_cache_dtype=args.kv_cache_dtype,
+        isa=args.isa,
+        threads=args.threads,
+    )
     try:
         if args.load == "decode":
             figures = bench.decode(args.streams, args.prompt, args.tokens)

@@ -105,7 +105,14 @@ def main() -> None:
     if len(token_ids) < 2:
         parser.error(f"{args.text} must hold at least 2 tokens, got {len(token_ids)}")
     num_blocks = -(-args.window // BLOCK_SIZE)
-    program = create_program(spec, model.weights, num_blocks=num_blocks, threads=args.threads, isa=args.isa)
+    program = create_program(
+        spec,
+        model.weights,
+        num_blocks=num_blocks,
+        threads=args.threads,
+        isa=args.isa,
+        kv_dtype=args.kv_cache_dtype,
+    )
     start = time.perf_counter()
     try:
         value = perplexity(program, spec, token_ids, args.window)

@@ -48,6 +48,9 @@ _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?) ?%")
 QUANTIZATIONS = ("none", "int8", "int4")
 """What may become of float weights: bfloat16, 8-bit or 4-bit quants."""
 
+KV_DTYPES = ("bf16", "int8")
+"""What keys and values are kept in: bfloat16, or 8-bit quants with a scale for every token and KV head."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -61,6 +64,7 @@ class EngineConfig:
     kv_cache_memory: int | str | None = (
         None  # the same in bytes, or as parse_memory reads it; None: engine.cache.sizing
     )
+    kv_cache_dtype: str = "bf16"  # one of KV_DTYPES
     enable_prefix_caching: bool = True
     quantization: str | None = None  # one of QUANTIZATIONS; None: as the checkpoint stores its weights
     threads: int = 0  # 0: every CPU this process may use
@@ -92,6 +96,7 @@ class EngineConfig:
                 parse_memory(memory)
             except ValueError:
                 need(False, "kv_cache_memory", MEMORY_FORMS)
+        need(self.kv_cache_dtype in KV_DTYPES, "kv_cache_dtype", f"one of {', '.join(KV_DTYPES)}")
         need(
             self.quantization is None or self.quantization in QUANTIZATIONS,
             "quantization",

@@ -62,6 +62,7 @@ class EngineCore:
             num_blocks=self.num_blocks,
             threads=config.threads or available_cpus(),
             isa=requested_isa() if config.isa == "auto" else config.isa,
+            kv_dtype=config.kv_cache_dtype,
         )
         self._scheduler = Scheduler(
             num_blocks=self.num_blocks,
@@ -176,7 +177,8 @@ class EngineCore:
             weights=self._weights,
             num_kv_blocks=self.num_blocks,
             kv_cache_tokens=self.num_blocks * BLOCK_SIZE,
-            kv_cache_bytes=self.num_blocks * BLOCK_SIZE * self.info.spec.kv_bytes_per_token(),
+            kv_cache_bytes=self.num_blocks * BLOCK_SIZE * self.info.spec.kv_bytes_per_token(self.config.kv_cache_dtype),
+            kv_cache_dtype=self.config.kv_cache_dtype,
         )
 
     def check_integrity(self) -> None:

@@ -149,6 +149,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_blocks: int = 0
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
+    kv_cache_dtype: str = ""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

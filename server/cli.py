@@ -63,6 +63,7 @@ def serve(settings: Settings) -> None:
     "max_model_len",
     "kv_cache_memory",
     "kv_cache_tokens",
+    "kv_cache_dtype",
     "threads",
     "isa",
     "config",

@@ -300,11 +300,12 @@ def _context(known: Capabilities) -> str:
 
 
 def _kv_cache(known: Capabilities) -> str:
-    """16384 tokens in 512 blocks, 377 MB: 2 requests of full length"""
+    """16384 tokens of bf16 in 512 blocks, 377 MB: 2 requests of full length"""
     full = known.kv_cache_tokens / known.max_model_len
     fit = f"{full:.1f}".removesuffix(".0")
     size = f" in {known.num_kv_blocks} blocks, {readable(known.kv_cache_bytes)}" if known.num_kv_blocks else ""
-    return f"{known.kv_cache_tokens} tokens{size}: {fit} request{'s' if fit != '1' else ''} of full length"
+    dtype = f" of {known.kv_cache_dtype}" if known.kv_cache_dtype else ""
+    return f"{known.kv_cache_tokens} tokens{dtype}{size}: {fit} request{'s' if fit != '1' else ''} of full length"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -21,6 +21,7 @@ from engine.config import (
     BLOCK_SIZE,
     DEFAULT_MODEL,
     ISAS,
+    KV_DTYPES,
     MIN_KV_TOKENS,
     QUANTIZATIONS,
     EngineConfig,
@@ -132,6 +133,12 @@ class Settings:
         integer(MIN_KV_TOKENS, MAX_TOKENS),
         MEMORY_GROUP,
     )
+    kv_cache_dtype: str = option(
+        "bf16",
+        "What keys and values are kept in: int8 takes half the memory of bf16 and reads long contexts faster.",
+        choice(*KV_DTYPES),
+        MEMORY_GROUP,
+    )
     prefix_caching: bool = option(True, "Reuse the KV blocks of shared prompt prefixes.", SWITCH, MEMORY_GROUP)
 
     max_num_seqs: int = option(64, "Most requests computed in one step.", integer(1, 1024), BATCHES)
@@ -193,6 +200,7 @@ class Settings:
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_tokens=self.kv_cache_tokens,
             kv_cache_memory=self.kv_cache_memory,
+            kv_cache_dtype=self.kv_cache_dtype,
             enable_prefix_caching=self.prefix_caching,
             quantization=None if self.quantization == "auto" else self.quantization,
             threads=self.threads,

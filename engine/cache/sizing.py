@@ -25,7 +25,7 @@ def num_kv_blocks(config: EngineConfig, spec: DecoderSpec, *, memory: Callable[[
     AUTO_KV_TOKENS, or max_model_len where that is more, as far as AUTO_KV_SHARE of the memory goes. Raises ConfigError
     where it cannot hold MIN_KV_TOKENS or does not fit the memory.
     """
-    per_block = BLOCK_SIZE * spec.kv_bytes_per_token()
+    per_block = BLOCK_SIZE * spec.kv_bytes_per_token(config.kv_cache_dtype)
     limit = memory()
     if config.kv_cache_tokens is not None:
         num_blocks = math.ceil(config.kv_cache_tokens / BLOCK_SIZE)

@@ -35,9 +35,15 @@ def select_isa(isa: str = "auto", *, available: Sequence[str] | None = None) -> 
 
 
 def create_program(
-    spec: DecoderSpec, weights: Weights, *, num_blocks: int, threads: int = 1, isa: str = "auto"
+    spec: DecoderSpec,
+    weights: Weights,
+    *,
+    num_blocks: int,
+    threads: int = 1,
+    isa: str = "auto",
+    kv_dtype: str = "bf16",
 ) -> Program:
-    """Compile `spec` and its packed weights for `isa`, with KV memory of `num_blocks` blocks.
+    """Compile `spec` and its packed weights for `isa`, with KV memory of `num_blocks` blocks of `kv_dtype`.
 
     The weights are used where they lie and must stay there until `close`. Raises ValueError for weights that do not
     fit the spec, ConfigError as `select_isa`.
@@ -46,8 +52,8 @@ def create_program(
     if chosen == "reference":
         from engine.kernels.reference import ReferenceProgram  # numpy at length: only where asked for
 
-        return ReferenceProgram(spec, weights, num_blocks=num_blocks)
-    return NativeProgram(spec, weights, num_blocks=num_blocks, threads=threads, isa=chosen)
+        return ReferenceProgram(spec, weights, num_blocks=num_blocks, kv_dtype=kv_dtype)
+    return NativeProgram(spec, weights, num_blocks=num_blocks, threads=threads, isa=chosen, kv_dtype=kv_dtype)
 
 
 def _executable(isa: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.config import KV_DTYPES
 from engine.kernels.batch import Int32, SamplingArrays, StepBatch, Weights
 from engine.kernels.layout import Correction, PackedTensor
 from engine.kernels.validate import check_batch, check_copies, check_weights
@@ -31,10 +32,14 @@ def build(isa: str) -> ModuleType | None:
 class NativeProgram:
     """The `Program` of one native build; see `engine.kernels.create_program`. One step at a time."""
 
-    def __init__(self, spec: DecoderSpec, weights: Weights, *, num_blocks: int, threads: int, isa: str) -> None:
+    def __init__(
+        self, spec: DecoderSpec, weights: Weights, *, num_blocks: int, threads: int, isa: str, kv_dtype: str = "bf16"
+    ) -> None:
         check_weights(spec, weights)
         if num_blocks < 1 or threads < 1:
             raise ValueError(f"expected at least 1 block and 1 thread, got {num_blocks} and {threads}")
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype}")
         module = build(isa)
         if module is None:
             raise ValueError(f"the {isa} kernels are not installed")
@@ -67,6 +72,7 @@ class NativeProgram:
             rope_cos=self._rope.cos,
             rope_sin=self._rope.sin,
             num_blocks=num_blocks,
+            kv_int8=kv_dtype == "int8",
             threads=threads,
         )
 

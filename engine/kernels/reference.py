@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import BLOCK_SIZE
+from engine.config import BLOCK_SIZE, KV_DTYPES
 from engine.kernels.batch import Float32, Int32, StepBatch, Weights
 from engine.kernels.layout import GROUP, LANES, PackedTensor, dequantize, from_bf16, to_bf16, unpack_matrix
 from engine.kernels.reference_math import exp, fma, sum_lanes
@@ -27,7 +27,6 @@ from engine.kernels.validate import check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
 
 Activations = Literal["int8", "float32"]
-KvDtype = Literal["bf16", "float32"]
 
 SEGMENT = 512
 """Positions whose softmax is computed apart, so that several threads can share a long context."""
@@ -42,7 +41,8 @@ class ReferenceProgram:
     group of 32), a matrix of bfloat16 multiplies float32, and a row's result does not depend, in any bit, on the other
     rows of the step. "float32" keeps all activations and the dequantized weights in float32, which is what a float32
     implementation of the model computes; its products go through BLAS, whose rounding depends on the number of rows.
-    `kv_dtype` "float32" also leaves keys and values unrounded. Raises ValueError for weights that do not fit `spec`.
+    `kv_dtype` "float32" leaves keys and values unrounded, which no build does. Raises ValueError for weights that do
+    not fit `spec`.
     """
 
     isa = "reference"
@@ -55,26 +55,28 @@ class ReferenceProgram:
         *,
         num_blocks: int,
         activations: Activations = "int8",
-        kv_dtype: KvDtype = "bf16",
+        kv_dtype: str = "bf16",
     ) -> None:
         check_weights(spec, weights)
         if num_blocks < 1:
             raise ValueError(f"num_blocks: expected at least 1, got {num_blocks}")
-        if activations not in ("int8", "float32") or kv_dtype not in ("bf16", "float32"):
+        if activations not in ("int8", "float32") or kv_dtype not in (*KV_DTYPES, "float32"):
             raise ValueError(
-                f"expected activations int8 or float32 and kv_dtype bf16 or float32, got {activations} and {kv_dtype}"
+                "expected activations int8 or float32 and kv_dtype bf16, int8 or float32, "
+                f"got {activations} and {kv_dtype}"
             )
         self.spec = spec
         self.num_blocks = num_blocks
-        self._round_kv = kv_dtype == "bf16"
+        self._kv_dtype = kv_dtype
         make = kernel_matrix if activations == "int8" else FloatMatrix
         self._matrices: dict[str, Matrix] = {
             name: make(tensor) for name, tensor in weights.items() if tensor.format is not None
         }
         self._vectors = {name: np.asarray(t.data, np.float32) for name, t in weights.items() if t.format is None}
-        # [block, layer, key or value, KV head, slot, lane]: a block is one contiguous piece. bf16 values in float32.
+        # [block, layer, key or value, KV head, slot, lane]: a block is one contiguous piece. bf16 values, or integers,
+        # in float32. The last lane is what the others are to be multiplied by: 1 where they are not quants.
         self._kv: Float32 | None = np.zeros(
-            (num_blocks, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim), np.float32
+            (num_blocks, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim + 1), np.float32
         )
         self._chosen: Int32 = np.empty(0, np.int32)  # by the previous step
 
@@ -141,14 +143,12 @@ class ReferenceProgram:
         queries *= np.float32(1) / np.sqrt(np.float32(spec.head_dim))
         keys = rotate(k.reshape(-1, spec.num_kv_heads, spec.head_dim), cos, sin)
         values = v.reshape(-1, spec.num_kv_heads, spec.head_dim)
-        if self._round_kv:
-            keys, values = from_bf16(to_bf16(keys)), from_bf16(to_bf16(values))
 
         request_of_token = np.repeat(np.arange(len(batch.seq_lens)), np.diff(batch.query_starts))
         blocks = batch.block_tables[0, request_of_token, batch.positions // BLOCK_SIZE]
         slots = batch.positions % BLOCK_SIZE
-        kv[blocks, 0, :, slots] = keys
-        kv[blocks, 1, :, slots] = values
+        kv[blocks, 0, :, slots] = self._stored(keys)
+        kv[blocks, 1, :, slots] = self._stored(values)
 
         attended = np.empty_like(queries)
         for r, seq_len in enumerate(batch.seq_lens):
@@ -157,6 +157,14 @@ class ReferenceProgram:
             context = kv[batch.block_tables[0, r, : -(-seq_len // BLOCK_SIZE)]]
             attended[rows] = attend(queries[rows], context, limits)
         return attended.reshape(-1, spec.q_size)
+
+    def _stored(self, vectors: Float32) -> Float32:
+        """Keys or values [T, KV head, lane] as the KV memory keeps them: lanes, then their factor."""
+        if self._kv_dtype == "int8":
+            quants, scales = quantize_vectors(vectors)
+            return np.concatenate([quants, scales[..., None]], axis=-1)
+        lanes = from_bf16(to_bf16(vectors)) if self._kv_dtype == "bf16" else vectors
+        return np.concatenate([lanes, np.ones_like(lanes[..., :1])], axis=-1)
 
 
 class Matrix(Protocol):
@@ -259,13 +267,17 @@ def quantize_activations(x: Float32) -> tuple[Float32, Float32, Float32]:
     Quants and their sums are integers held in float32. A group of zeros (or of values so small that 127 / amax is not
     finite) becomes zeros.
     """
-    groups = x.reshape(len(x), -1, GROUP)
-    amax = np.abs(groups).max(axis=-1)
+    quants, scales = quantize_vectors(x.reshape(len(x), -1, GROUP))
+    return quants, scales, quants.sum(axis=-1)
+
+
+def quantize_vectors(x: Float32) -> tuple[Float32, Float32]:
+    """Round vectors [..., n] to 8 bits with one scale each: quants, integers in float32 [..., n], and scales [...]."""
+    amax = np.abs(x).max(axis=-1)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(127) / amax
     inverse[np.isinf(inverse)] = 0
-    quants = np.clip(np.rint(groups * inverse[:, :, None]), -127, 127)
-    return quants, amax / np.float32(127), quants.sum(axis=-1)
+    return np.clip(np.rint(x * inverse[..., None]), -127, 127), amax / np.float32(127)
 
 
 def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
@@ -301,8 +313,9 @@ def rotate(heads: Float32, cos: Float32, sin: Float32) -> Float32:
 def attend(queries: Float32, context: Float32, limits: NDArray[np.integer]) -> Float32:
     """Softmax attention of one request's rows; queries [rows, heads, head_dim], and so is the result.
 
-    `context` [block, 2, KV head, slot, lane] are its keys and values; row i sees positions 0 to limits[i] - 1, and
-    `limits` never falls. Each segment of 512 positions has a softmax of its own, the segments are folded in order.
+    `context` [block, 2, KV head, slot, lanes and their factor] are its keys and values; row i sees positions 0 to
+    limits[i] - 1, and `limits` never falls. Each segment of 512 positions has a softmax of its own, the segments are
+    folded in order.
     """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = context.shape[2]
@@ -333,7 +346,7 @@ class Softmax:
         return cls(np.full(shape, -np.inf, np.float32), np.zeros((*shape, LANES), np.float32), np.zeros_like(queries))
 
     def add_block(self, queries: Float32, block: Float32, counts: NDArray[np.integer]) -> None:
-        """One block [2, KV head, slot, lane], of which row i sees the first counts[i] slots (none where <= 0)."""
+        """One block of a context, of which row i sees the first counts[i] slots (none where <= 0)."""
         row = int(np.searchsorted(counts, 0, side="right"))
         if row == len(queries):
             return
@@ -343,6 +356,7 @@ class Softmax:
         scores = np.zeros((*top.shape, BLOCK_SIZE), np.float32)
         for lane in range(queries.shape[-1]):
             scores = fma(queries[..., lane, None], keys[..., lane], scores)
+        scores = scores * keys[..., -1]
         seen = (np.arange(BLOCK_SIZE) < counts[:, None])[:, None, None]
         scores = np.where(seen, scores, np.float32(-np.inf))
 
@@ -353,9 +367,10 @@ class Softmax:
         top[...] = higher
         weights = exp(scores - higher[..., None])  # 0 where not seen
         sums += weights[..., :LANES] + weights[..., LANES:]
+        weights = weights * values[..., -1]
         for slot in range(BLOCK_SIZE):
             seeing = int(np.searchsorted(counts, slot, side="right"))
-            out[seeing:] = fma(weights[seeing:, ..., slot, None], values[..., slot, :], out[seeing:])
+            out[seeing:] = fma(weights[seeing:, ..., slot, None], values[..., slot, :-1], out[seeing:])
 
     def fold(self, row: int, later: Softmax) -> None:
         """Add the positions of `later`, which has the rows from `row` on."""

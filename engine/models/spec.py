@@ -117,9 +117,10 @@ class DecoderSpec:
             shapes["head"] = (self.vocab_size, self.hidden_size)
         return shapes
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of bf16 keys and values that one token of context holds, over all layers."""
-        return self.num_layers * 2 * self.kv_size * 2
+    def kv_bytes_per_token(self, kv_dtype: str = "bf16") -> int:
+        """Bytes of keys and values that one token of context holds, over all layers."""
+        per_head = self.head_dim + 4 if kv_dtype == "int8" else 2 * self.head_dim  # quants and their float32 scale
+        return self.num_layers * 2 * self.num_kv_heads * per_head
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,8 +83,10 @@ def test_requests_run_to_their_ends() -> None:
 def test_the_program_is_told_what_the_configuration_says() -> None:
     created, model = Created(), FakeModel()
     fake: Any = model
-    EngineCore(EngineConfig(kv_cache_tokens=100, isa="portable", threads=3), fake, create=created)
-    assert created.how == {"num_blocks": 4, "threads": 3, "isa": "portable"}
+    EngineCore(
+        EngineConfig(kv_cache_tokens=100, kv_cache_dtype="int8", isa="portable", threads=3), fake, create=created
+    )
+    assert created.how == {"num_blocks": 4, "threads": 3, "isa": "portable", "kv_dtype": "int8"}
 
 
 @pytest.mark.parametrize(

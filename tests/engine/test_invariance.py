@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine.config import EngineConfig
+from engine.config import KV_DTYPES, EngineConfig
 from engine.core import EngineCore
 from engine.kernels import available_isas
 from engine.kernels.layout import PackedTensor, dequantize, pack_bf16, to_bf16
@@ -125,23 +125,27 @@ def tiny_requests(tiny_model: PackedModel) -> list[Request]:
     return make_requests(tiny_model, longest=300, max_tokens=(48, 40))
 
 
-@pytest.fixture(scope="module", params=available_isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+BUILDS = [{"isa": isa, "kv_cache_dtype": dtype} for isa in available_isas() for dtype in KV_DTYPES]
+
+
+@pytest.fixture(scope="module", params=BUILDS, ids=lambda build: " ".join(build.values()))
+def build(request: pytest.FixtureRequest) -> dict[str, str]:
+    config: dict[str, str] = request.param
+    return config
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: PackedModel, tiny_requests: list[Request], isa: str) -> Tokens:
+def alone(tiny_model: PackedModel, tiny_requests: list[Request], build: dict[str, str]) -> Tokens:
     """Each request with nobody beside it, its prompt in one piece, nothing reused."""
-    return run(tiny_model, [[request] for request in tiny_requests], isa=isa, enable_prefix_caching=False)[0]
+    return run(tiny_model, [[request] for request in tiny_requests], **build, enable_prefix_caching=False)[0]
 
 
 @pytest.mark.parametrize("company", COMPANY)
 def test_tokens_do_not_depend_on_company(
-    tiny_model: PackedModel, tiny_requests: list[Request], isa: str, alone: Tokens, company: str
+    tiny_model: PackedModel, tiny_requests: list[Request], build: dict[str, str], alone: Tokens, company: str
 ) -> None:
     config = COMPANY[company]
-    tokens, stats = run(tiny_model, [tiny_requests], isa=isa, **config)
+    tokens, stats = run(tiny_model, [tiny_requests], **build, **config)
     assert_same(tokens, alone)
     assert (stats.num_preemptions > 0) == ("kv_cache_tokens" in config)
     if not config.get("enable_prefix_caching", True):
@@ -149,17 +153,17 @@ def test_tokens_do_not_depend_on_company(
 
 
 def test_tokens_do_not_depend_on_what_is_cached(
-    tiny_model: PackedModel, tiny_requests: list[Request], isa: str, alone: Tokens
+    tiny_model: PackedModel, tiny_requests: list[Request], build: dict[str, str], alone: Tokens
 ) -> None:
     """A second time, all of the prompt and of the answer that can be reused is."""
     again = [msgspec.structs.replace(request, request_id=f"{request.request_id} again") for request in tiny_requests]
-    tokens, stats = run(tiny_model, [tiny_requests, again], isa=isa)
+    tokens, stats = run(tiny_model, [tiny_requests, again], **build)
     assert_same(tokens, alone | {f"{name} again": output for name, output in alone.items()})
     assert stats.num_cached_tokens >= sum((len(r.prompt_token_ids) - 1) // 32 * 32 for r in again)
 
 
 def test_tokens_do_not_depend_on_order_or_on_being_resumed(
-    tiny_model: PackedModel, tiny_requests: list[Request], isa: str, alone: Tokens
+    tiny_model: PackedModel, tiny_requests: list[Request], build: dict[str, str], alone: Tokens
 ) -> None:
     shuffled = random.Random(1).sample(tiny_requests, len(tiny_requests))
     done = {request.request_id: index % len(alone[request.request_id]) for index, request in enumerate(shuffled)}
@@ -168,7 +172,7 @@ def test_tokens_do_not_depend_on_order_or_on_being_resumed(
         for request in shuffled
         for name in [request.request_id]
     ]
-    tokens, _ = run(tiny_model, [resumed], isa=isa, max_num_batched_tokens=64)
+    tokens, _ = run(tiny_model, [resumed], **build, max_num_batched_tokens=64)
     assert_same({name: alone[name][: done[name]] + rest for name, rest in tokens.items()}, alone)
 
 
@@ -178,7 +182,7 @@ def test_seeds_choices_and_samplers_really_differ(alone: Tokens) -> None:
     assert sum(len(set(tokens)) > len(tokens) // 3 for tokens in alone.values()) > NUM_REQUESTS // 2
 
 
-def test_a_prefix_of_a_thousand_tokens_is_computed_once(tiny_model: PackedModel, isa: str) -> None:
+def test_a_prefix_of_a_thousand_tokens_is_computed_once(tiny_model: PackedModel, build: dict[str, str]) -> None:
     prefix = [3 + index % 300 for index in range(1000)]
     first, second = (
         Request(
@@ -190,8 +194,8 @@ def test_a_prefix_of_a_thousand_tokens_is_computed_once(tiny_model: PackedModel,
         )
         for index, name in enumerate(("first", "second"))
     )
-    expected, _ = run(tiny_model, [[second]], isa=isa, enable_prefix_caching=False)
-    tokens, stats = run(tiny_model, [[first], [second]], isa=isa)
+    expected, _ = run(tiny_model, [[second]], **build, enable_prefix_caching=False)
+    tokens, stats = run(tiny_model, [[first], [second]], **build)
     assert tokens["second"] == expected["second"]
     assert stats.num_cached_tokens == 992  # whole blocks of 32
     assert stats.num_prompt_tokens == 1002 + 1002 - 992

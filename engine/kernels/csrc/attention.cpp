@@ -1,33 +1,80 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "simd.h"
 
 namespace seraph {
 
-void write_kv(uint16_t* keys, uint16_t* values, int head_dim, int slot, const float* key, const float* value) {
-    for (int d = 0; d < head_dim; ++d) {
-        keys[(d / 2 * kBlock + slot) * 2 + d % 2] = to_bf16(key[d]);
-        values[(slot / 2 * head_dim + d) * 2 + slot % 2] = to_bf16(value[d]);
-    }
-}
-
 namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-// scores[i * 32 + t] = query i . key t, for the 32 tokens of a block. Two dimensions a step, in order.
-template <int N>
-void score_block(const uint16_t* keys, int head_dim, const float* const* queries, float* scores) {
+// The scales behind one head's keys, or values, of 8 bits.
+template <class Byte>
+auto* scales_of(Byte* side, int head_dim) {
+    using Scale = std::conditional_t<std::is_const_v<Byte>, const float, float>;
+    return reinterpret_cast<Scale*>(side + head_dim * kBlock);
+}
+
+// Quants x / scale of one vector, float32 [head_dim], put where at(d) says; returns the scale.
+template <class At>
+float quantize(const float* x, int head_dim, const At& at) {
+    F32 top = zero_f32();
+    for (int d = 0; d < head_dim; d += kLanes)
+        top = max(top, abs(load(x + d)));
+    const float amax = reduce_max(top);
+    // Zeros, or values so small that the quotient overflows, become zeros.
+    const float quotient = 127.0f / amax, inverse = quotient < HUGE_VALF ? quotient : 0.0f;
+    for (int d = 0; d < head_dim; d += kLanes) {
+        int8_t quants[kLanes];
+        store_i8(quants, round_i32(load(x + d) * set1(inverse)));
+        for (int i = 0; i < kLanes; ++i)
+            *at(d + i) = quants[i];
+    }
+    return amax / 127.0f;
+}
+
+// scores[i * 32 + t] = query i . key t, for the 32 tokens of a block, dimension by dimension. Meanwhile the keys that
+// come next, `ahead`, are fetched: a block's few kilobytes are too short for the machine to notice that they are read
+// from front to back, so without this every block begins with waiting.
+template <int N, bool INT8>
+void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const float* const* queries, float* scores) {
     F32 s[N][2];
 #pragma GCC unroll 12
     for (int i = 0; i < N; ++i)
         s[i][0] = s[i][1] = zero_f32();
+    if constexpr (INT8) {
+        for (int d = 0; d < head_dim; ++d) {
+            const int8_t* row = reinterpret_cast<const int8_t*>(keys) + d * kBlock;
+            if (d % 2 == 0)
+                __builtin_prefetch(ahead + d * kBlock);
+            const F32 k0 = to_f32(load_i8(row)), k1 = to_f32(load_i8(row + kLanes));
+#pragma GCC unroll 12
+            for (int i = 0; i < N; ++i) {
+                const F32 q = set1(queries[i][d]);
+                s[i][0] = fma(q, k0, s[i][0]);
+                s[i][1] = fma(q, k1, s[i][1]);
+            }
+        }
+        const float* scales = scales_of(keys, head_dim);
+        const F32 scale0 = load(scales), scale1 = load(scales + kLanes);
+#pragma GCC unroll 12
+        for (int i = 0; i < N; ++i) {
+            store(scores + i * kBlock, s[i][0] * scale0);
+            store(scores + i * kBlock + kLanes, s[i][1] * scale1);
+        }
+        return;
+    }
     for (int pair = 0; pair < head_dim / 2; ++pair) {
-        const I32 k0 = load_i32(keys + pair * 64), k1 = load_i32(keys + pair * 64 + 32);
+        __builtin_prefetch(ahead + pair * 128);
+        __builtin_prefetch(ahead + pair * 128 + 64);
+        const I32 k0 = load_i32(keys + pair * 128), k1 = load_i32(keys + pair * 128 + 64);
         const F32 even0 = bf16_even(k0), even1 = bf16_even(k1), odd0 = bf16_odd(k0), odd1 = bf16_odd(k1);
 #pragma GCC unroll 12
         for (int i = 0; i < N; ++i) {
@@ -43,11 +90,12 @@ void score_block(const uint16_t* keys, int head_dim, const float* const* queries
     }
 }
 
-// out[i][d] += sum over t < counts[i] of weights[i * 32 + t] * value[t][d], for D * 16 dimensions from `d` on.
-// Tokens past a query's count are not multiplied by zero but not read: their memory may hold anything.
-template <int N, int D>
-SERAPH_INLINE void weigh_values(const uint16_t* values, int head_dim, int d, const float* weights, const int* counts,
-                                int least, Softmax* const* states) {
+// out[i][d] += sum over t < counts[i] of weights[i * 32 + t] * value[t][d], for D * 16 dimensions from `d` on; the
+// weights of quants carry their scales. Tokens past a query's count are not multiplied by zero but not read: their
+// memory may hold anything.
+template <int N, int D, bool INT8>
+SERAPH_INLINE void weigh_values(const uint8_t* values, const uint8_t* ahead, int head_dim, int d, const float* weights,
+                                const int* counts, int least, Softmax* const* states) {
     F32 o[N][D];
 #pragma GCC unroll 12
     for (int i = 0; i < N; ++i) {
@@ -55,11 +103,29 @@ SERAPH_INLINE void weigh_values(const uint16_t* values, int head_dim, int d, con
         for (int c = 0; c < D; ++c)
             o[i][c] = load(states[i]->out + d + c * kLanes);
     }
+    const auto quants = [&](int token, int c) SERAPH_INLINE_LAMBDA {
+        return to_f32(load_i8(reinterpret_cast<const int8_t*>(values) + token * head_dim + d + c * kLanes));
+    };
+    const auto pairs = [&](int token, int c) SERAPH_INLINE_LAMBDA {
+        return load_i32(values + (token / 2 * head_dim + d + c * kLanes) * 4);
+    };
     int t = 0;
-    for (; t + 2 <= least; t += 2) {
+    for (; INT8 && t < least; ++t) {
 #pragma GCC unroll 4
         for (int c = 0; c < D; ++c) {
-            const I32 v = load_i32(values + (t / 2 * head_dim + d + c * kLanes) * 2);
+            const F32 v = quants(t, c);
+            if (c == 0) // D * 16 bytes: one line
+                __builtin_prefetch(ahead + t * head_dim + d);
+#pragma GCC unroll 12
+            for (int i = 0; i < N; ++i)
+                o[i][c] = fma(set1(weights[i * kBlock + t]), v, o[i][c]);
+        }
+    }
+    for (; !INT8 && t + 2 <= least; t += 2) {
+#pragma GCC unroll 4
+        for (int c = 0; c < D; ++c) {
+            const I32 v = pairs(t, c);
+            __builtin_prefetch(ahead + (t / 2 * head_dim + d + c * kLanes) * 4);
             const F32 even = bf16_even(v), odd = bf16_odd(v);
 #pragma GCC unroll 12
             for (int i = 0; i < N; ++i) {
@@ -79,19 +145,23 @@ SERAPH_INLINE void weigh_values(const uint16_t* values, int head_dim, int d, con
         for (int u = t; u < counts[i]; ++u) {
             for (int c = 0; c < D; ++c) {
                 float* out = states[i]->out + d + c * kLanes;
-                const I32 v = load_i32(values + (u / 2 * head_dim + d + c * kLanes) * 2);
-                store(out, fma(set1(weights[i * kBlock + u]), u % 2 ? bf16_odd(v) : bf16_even(v), load(out)));
+                F32 v;
+                if constexpr (INT8)
+                    v = quants(u, c);
+                else
+                    v = u % 2 ? bf16_odd(pairs(u, c)) : bf16_even(pairs(u, c));
+                store(out, fma(set1(weights[i * kBlock + u]), v, load(out)));
             }
         }
     }
 }
 
-// One block for N queries: scores, running softmax, weighted values.
-template <int N>
-void attend_block(const uint16_t* keys, const uint16_t* values, int head_dim, const float* const* queries,
-                  const int* counts, Softmax* const* states) {
+// One block for N queries: scores, running softmax, weighted values. The next block's are fetched on the way.
+template <int N, bool INT8>
+void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* keys_ahead, const uint8_t* values_ahead,
+                  int head_dim, const float* const* queries, const int* counts, Softmax* const* states) {
     alignas(64) float weights[N * kBlock];
-    score_block<N>(keys, head_dim, queries, weights);
+    score_block<N, INT8>(keys, keys_ahead, head_dim, queries, weights);
     int least = kBlock;
     for (int i = 0; i < N; ++i) {
         float* w = weights + i * kBlock;
@@ -122,28 +192,55 @@ void attend_block(const uint16_t* keys, const uint16_t* values, int head_dim, co
             p1 = select(valid1, p1, zero_f32());
         }
         store(state.sum, sum + (p0 + p1));
+        if constexpr (INT8) {
+            const float* scales = scales_of(values, head_dim);
+            p0 = p0 * load(scales);
+            p1 = p1 * load(scales + kLanes);
+        }
         store(w, p0);
         store(w + kLanes, p1);
     }
     constexpr int kDims = N <= 3 ? 4 : N <= 6 ? 2 : 1; // enough independent sums to hide the latency of one
     int d = 0;
     for (; d + kDims * kLanes <= head_dim; d += kDims * kLanes) {
-        weigh_values<N, kDims>(values, head_dim, d, weights, counts, least, states);
+        weigh_values<N, kDims, INT8>(values, values_ahead, head_dim, d, weights, counts, least, states);
     }
     for (; d < head_dim; d += kLanes)
-        weigh_values<N, 1>(values, head_dim, d, weights, counts, least, states);
+        weigh_values<N, 1, INT8>(values, values_ahead, head_dim, d, weights, counts, least, states);
 }
 
-using AttendBlock = void (*)(const uint16_t*, const uint16_t*, int, const float* const*, const int*, Softmax* const*);
-constexpr AttendBlock kAttendBlock[kMaxQueries + 1] = {
-    nullptr,          attend_block<1>,  attend_block<2>, attend_block<3>, attend_block<4>,
-    attend_block<5>,  attend_block<6>,  attend_block<7>, attend_block<8>, attend_block<9>,
-    attend_block<10>, attend_block<11>, attend_block<12>};
+using AttendBlock = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, const uint8_t*, int, const float* const*,
+                             const int*, Softmax* const*);
+
+// attend_block of 1, 2, ... kMaxQueries queries.
+template <bool INT8, int... LESS>
+constexpr std::array<AttendBlock, kMaxQueries> attend_blocks(std::integer_sequence<int, LESS...>) {
+    return {attend_block<LESS + 1, INT8>...};
+}
 
 } // namespace
 
+void KvCache::write(int block, int layer, int head, int slot, const float* key, const float* value) const {
+    uint8_t *k = keys(block, layer, head), *v = values(block, layer, head);
+    if (int8) {
+        scales_of(k, head_dim)[slot] =
+            quantize(key, head_dim, [&](int d) { return reinterpret_cast<int8_t*>(k) + d * kBlock + slot; });
+        scales_of(v, head_dim)[slot] =
+            quantize(value, head_dim, [&](int d) { return reinterpret_cast<int8_t*>(v) + slot * head_dim + d; });
+        return;
+    }
+    uint16_t *k16 = reinterpret_cast<uint16_t*>(k), *v16 = reinterpret_cast<uint16_t*>(v);
+    for (int d = 0; d < head_dim; ++d) {
+        k16[(d / 2 * kBlock + slot) * 2 + d % 2] = to_bf16(key[d]);
+        v16[(slot / 2 * head_dim + d) * 2 + slot % 2] = to_bf16(value[d]);
+    }
+}
+
 void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first,
                     const float* const* queries, const int* limits, int num_queries, Softmax* states) {
+    constexpr auto kCounts = std::make_integer_sequence<int, kMaxQueries>();
+    static constexpr auto kBf16 = attend_blocks<false>(kCounts), kInt8 = attend_blocks<true>(kCounts);
+    const auto& attend = kv.int8 ? kInt8 : kBf16;
     int last = 0;
     for (int i = 0; i < num_queries; ++i) {
         states[i].max = kMinusInf;
@@ -166,7 +263,9 @@ void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, in
             counts[n++] = std::min(count, kBlock);
         }
         const int block = block_table[position / kBlock];
-        kAttendBlock[n](kv.keys(block, layer, head), kv.values(block, layer, head), kv.head_dim, q, counts, live);
+        const int next = block_table[std::min(position + kBlock, last - 1) / kBlock];
+        attend[n - 1](kv.keys(block, layer, head), kv.values(block, layer, head), kv.keys(next, layer, head),
+                      kv.values(next, layer, head), kv.head_dim, q, counts, live);
     }
 }
 

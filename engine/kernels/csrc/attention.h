@@ -1,4 +1,4 @@
-// Paged grouped-query attention over bf16 keys and values.
+// Paged grouped-query attention over keys and values of bfloat16 or 8-bit quants.
 #pragma once
 
 #include <cstdint>
@@ -9,23 +9,29 @@ constexpr int kBlock = 32;      // tokens of a KV block
 constexpr int kSegment = 512;   // positions whose softmax is computed apart: split points are absolute, so fixed
 constexpr int kMaxQueries = 12; // query vectors that share one pass over the keys and values
 
-// KV memory: bf16 [block][layer][kv head][2][head_dim * 32], so that a block is one contiguous copy. Keys are
-// [head_dim / 2][32 tokens][2 dims], values [32 / 2][head_dim][2 tokens]: in both, one register of pairs widens to two
-// registers of floats.
+// KV memory: [block][layer][kv head][keys, then values], so that a block is one contiguous copy.
+//
+// bf16: keys are [head_dim / 2][32 tokens][2 dims], values [32 / 2][head_dim][2 tokens]: in both, one register of pairs
+// widens to two registers of floats. int8: keys are [head_dim][32 tokens], values [32 tokens][head_dim], and after
+// either lie the 32 tokens' scales, float32: a key is its quants times its scale, and so is a value.
 struct KvCache {
-    uint16_t* data;
+    uint8_t* data;
     int num_layers, num_kv_heads, head_dim;
+    bool int8;
 
-    int64_t head_size() const { return static_cast<int64_t>(head_dim) * kBlock; }
-    int64_t block_size() const { return static_cast<int64_t>(num_layers) * num_kv_heads * 2 * head_size(); }
-    uint16_t* keys(int block, int layer, int head) const {
-        return data + block * block_size() + (static_cast<int64_t>(layer) * num_kv_heads + head) * 2 * head_size();
+    // Bytes of one KV head's keys, or values, in a block.
+    int64_t side_bytes() const {
+        return static_cast<int64_t>(kBlock) * (int8 ? head_dim + static_cast<int>(sizeof(float)) : 2 * head_dim);
     }
-    uint16_t* values(int block, int layer, int head) const { return keys(block, layer, head) + head_size(); }
-};
+    int64_t block_bytes() const { return static_cast<int64_t>(num_layers) * num_kv_heads * 2 * side_bytes(); }
+    uint8_t* keys(int block, int layer, int head) const {
+        return data + block * block_bytes() + (static_cast<int64_t>(layer) * num_kv_heads + head) * 2 * side_bytes();
+    }
+    uint8_t* values(int block, int layer, int head) const { return keys(block, layer, head) + side_bytes(); }
 
-// Writes one token's key and value, float32 [head_dim] each, into its slot.
-void write_kv(uint16_t* keys, uint16_t* values, int head_dim, int slot, const float* key, const float* value);
+    // Writes one token's key and value, float32 [head_dim] each, into its slot.
+    void write(int block, int layer, int head, int slot, const float* key, const float* value) const;
+};
 
 // Softmax state of one query vector: running maximum, 16 partial sums, unnormalized output.
 struct Softmax {

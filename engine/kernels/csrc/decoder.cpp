@@ -34,11 +34,11 @@ QuantRows Decoder::Activations::quants() {
     return {q.data(), scale.data(), scaled_sum.data(), start.data()};
 }
 
-Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv, int threads)
-    : shape_(shape), weights_(std::move(weights)), kv_{kv, shape.num_layers, shape.num_kv_heads, shape.head_dim},
-      team_(threads, 9 * shape.num_layers + 4), attention_(kv_, shape.num_heads, threads),
-      own_(static_cast<size_t>(threads)), own_phase_(static_cast<size_t>(threads)),
-      scratch_(static_cast<size_t>(threads)), sampler_(static_cast<size_t>(threads)) {
+Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCache& kv, int threads)
+    : shape_(shape), weights_(std::move(weights)), kv_(kv), team_(threads, 9 * shape.num_layers + 4),
+      attention_(kv_, shape.num_heads, threads), own_(static_cast<size_t>(threads)),
+      own_phase_(static_cast<size_t>(threads)), scratch_(static_cast<size_t>(threads)),
+      sampler_(static_cast<size_t>(threads)) {
     const auto add = [this](Op op, int layer, const Matrix* w) { phases_.push_back({op, layer, w}); };
     add(Op::kEmbed, 0, &weights_.embed);
     for (int i = 0; i < shape.num_layers; ++i) {
@@ -352,8 +352,7 @@ void Decoder::rope(int layer, int tile, int thread) {
         const int block = table[position / kBlock];
         for (int h = 0; h < shape_.num_kv_heads; ++h) {
             rotate(qkv + q_size + h * d, 1.0f, key);
-            write_kv(kv_.keys(block, layer, h), kv_.values(block, layer, h), d, position % kBlock, key,
-                     qkv + q_size + kv_size + h * d);
+            kv_.write(block, layer, h, position % kBlock, key, qkv + q_size + kv_size + h * d);
         }
     }
 }

@@ -35,8 +35,8 @@ struct DecoderWeights {
 
 class Decoder {
   public:
-    // `kv` is zeroed memory of num_blocks blocks, owned by the caller as the weights are.
-    Decoder(const DecoderShape& shape, DecoderWeights weights, uint16_t* kv, int threads);
+    // `kv` is zeroed memory, owned by the caller as the weights are.
+    Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCache& kv, int threads);
 
     // Computes one step. Token ids below 0 refer to `previous`, the tokens that the step before chose.
     void run(const Step& step, const int32_t* previous);

@@ -109,7 +109,7 @@ struct PySampling {
 class Program {
   public:
     Program(const DecoderShape& shape, const std::vector<Floats>& vectors, const std::vector<PackedMatrix>& matrices,
-            bool tied, Floats rope_cos, Floats rope_sin, int num_blocks, int threads)
+            bool tied, Floats rope_cos, Floats rope_sin, int num_blocks, bool kv_int8, int threads)
         : vectors_(vectors), rope_cos_(rope_cos), rope_sin_(rope_sin) {
         const size_t layers = static_cast<size_t>(shape.num_layers);
         if (vectors.size() != 2 * layers + 1 || matrices.size() != 4 * layers + (tied ? 1 : 2)) {
@@ -128,10 +128,11 @@ class Program {
         w.head = tied ? w.embed : matrix_of(matrices[1 + 4 * layers]);
         w.rope_cos = rope_cos_.data();
         w.rope_sin = rope_sin_.data();
-        const KvCache sizes{nullptr, shape.num_layers, shape.num_kv_heads, shape.head_dim};
-        block_bytes_ = sizes.block_size() * 2;
+        KvCache kv{nullptr, shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_int8};
+        block_bytes_ = kv.block_bytes();
         kv_ = std::make_unique<Pages>(block_bytes_ * num_blocks);
-        decoder_ = std::make_unique<Decoder>(shape, std::move(w), kv_->as<uint16_t>(), threads);
+        kv.data = kv_->as<uint8_t>();
+        decoder_ = std::make_unique<Decoder>(shape, std::move(w), kv, threads);
     }
 
     void step(Ints token_ids, Ints positions, Ints query_starts, Ints seq_lens, Ints block_tables, Ints logits_rows,
@@ -291,9 +292,9 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("mask_rows").none(), nb::arg("masks").none(), nb::arg("mask_ready").none());
     nb::class_<Program>(m, "Program")
         .def(nb::init<const DecoderShape&, const std::vector<Floats>&, const std::vector<PackedMatrix>&, bool, Floats,
-                      Floats, int, int>(),
+                      Floats, int, bool, int>(),
              nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("tied"), nb::arg("rope_cos"),
-             nb::arg("rope_sin"), nb::arg("num_blocks"), nb::arg("threads"))
+             nb::arg("rope_sin"), nb::arg("num_blocks"), nb::arg("kv_int8"), nb::arg("threads"))
         .def("step", &Program::step, nb::arg("token_ids"), nb::arg("positions"), nb::arg("query_starts"),
              nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("logits_rows"), nb::arg("causal"),
              nb::arg("sampling").none(), nb::arg("logits").none(), nb::arg("hidden").none(), nb::arg("chosen"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def make_program() -> Iterator[ProgramFactory]:
     """`create_program` whose programs are closed when the test ends."""
     programs: list[Program] = []
 
-    def make(spec: DecoderSpec, weights: Weights, *, num_blocks: int, threads: int = 1, isa: str = "auto") -> Program:
-        programs.append(create_program(spec, weights, num_blocks=num_blocks, threads=threads, isa=isa))
+    def make(spec: DecoderSpec, weights: Weights, **how: Any) -> Program:
+        programs.append(create_program(spec, weights, **how))
         return programs[-1]
 
     yield make

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config import KV_DTYPES
 from engine.errors import ConfigError
 from engine.kernels import available_isas, create_program, select_isa
 from engine.kernels.batch import Float32, Int32, Program, SamplingArrays
@@ -78,10 +79,12 @@ def program(isa: str) -> Iterator[Program]:
     made.close()
 
 
-def make_program(spec: DecoderSpec, isa: str, *, threads: int = 2, mix: str = "4-bit", num_blocks: int = 80) -> Program:
+def make_program(
+    spec: DecoderSpec, isa: str, *, threads: int = 2, mix: str = "4-bit", num_blocks: int = 80, kv_dtype: str = "bf16"
+) -> Program:
     fmt, formats = MIXES[mix]
     weights = random_weights(spec, fmt, formats=formats)
-    return create_program(spec, weights, num_blocks=num_blocks, threads=threads, isa=isa)
+    return create_program(spec, weights, num_blocks=num_blocks, threads=threads, isa=isa, kv_dtype=kv_dtype)
 
 
 def matmul(isa: str, tensor: PackedTensor, x: Float32, rows: int) -> Float32:
@@ -191,11 +194,14 @@ def test_vector_builds_agree_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("mix", ["4-bit", "8-bit", "bf16"])
-def test_logits_are_the_twins(isa: str, name: str, mix: str) -> None:
+@pytest.mark.parametrize(
+    ("mix", "kv_dtype"), [("4-bit", "bf16"), ("8-bit", "bf16"), ("bf16", "bf16"), ("bf16", "int8")]
+)
+def test_logits_are_the_twins(isa: str, name: str, mix: str, kv_dtype: str) -> None:
     spec = SPECS[name]
     tokens = ids(75, spec)
-    assert_the_twins(isa, sequence_logits(make_program(spec, isa, mix=mix), spec, tokens), twin_logits(name, mix))
+    native = sequence_logits(make_program(spec, isa, mix=mix, kv_dtype=kv_dtype), spec, tokens)
+    assert_the_twins(isa, native, twin_logits(name, mix, kv_dtype))
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -211,45 +217,55 @@ def test_matrices_of_several_formats_make_one_program(isa: str, mix: str) -> Non
 
 
 @functools.cache
-def twin_logits(name: str, mix: str) -> Float32:
+def twin_logits(name: str, mix: str, kv_dtype: str = "bf16") -> Float32:
     """Of 75 tokens, computed once for all builds."""
     spec = SPECS[name]
     fmt, formats = MIXES[mix]
-    twin = ReferenceProgram(spec, random_weights(spec, fmt, formats=formats), num_blocks=4)
+    twin = ReferenceProgram(spec, random_weights(spec, fmt, formats=formats), num_blocks=4, kv_dtype=kv_dtype)
     return sequence_logits(twin, spec, ids(75, spec))
 
 
-def test_a_context_of_two_segments_is_the_twins(isa: str) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_context_of_two_segments_is_the_twins(isa: str, kv_dtype: str) -> None:
     """Past 512 positions a second softmax is folded into the first."""
     spec = tiny_spec(num_layers=1, max_position=2048)
     tokens = ids(550, spec)
     weights = random_weights(spec)
-    native = create_program(spec, weights, num_blocks=18, threads=2, isa=isa)
-    expected = sequence_logits(ReferenceProgram(spec, weights, num_blocks=18), spec, tokens)
+    native = create_program(spec, weights, num_blocks=18, threads=2, isa=isa, kv_dtype=kv_dtype)
+    twin = ReferenceProgram(spec, weights, num_blocks=18, kv_dtype=kv_dtype)
+    expected = sequence_logits(twin, spec, tokens)
     assert_the_twins(isa, sequence_logits(native, spec, tokens), expected)
     native.close()
 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("chunk", [1, 3, 32, 50])
-@pytest.mark.parametrize("mix", ["4-bit", "bf16"])
-def test_chunks_give_the_bits_of_the_whole(isa: str, name: str, chunk: int, mix: str) -> None:
+@pytest.mark.parametrize(("mix", "kv_dtype"), [("4-bit", "bf16"), ("bf16", "bf16"), ("4-bit", "int8")])
+def test_chunks_give_the_bits_of_the_whole(isa: str, name: str, chunk: int, mix: str, kv_dtype: str) -> None:
     spec = SPECS[name]
     tokens = ids(101, spec)
-    whole = sequence_logits(make_program(spec, isa, mix=mix), spec, tokens)
-    np.testing.assert_array_equal(sequence_logits(make_program(spec, isa, mix=mix), spec, tokens, chunk), whole)
+    whole, chunked = (make_program(spec, isa, mix=mix, kv_dtype=kv_dtype) for _ in range(2))
+    np.testing.assert_array_equal(sequence_logits(chunked, spec, tokens, chunk), sequence_logits(whole, spec, tokens))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize(
-    ("name", "mix"), [("grouped", "4-bit"), ("grouped", "bf16"), ("many heads share a KV head", "bf16")]
+    ("name", "mix", "kv_dtype"),
+    [
+        ("grouped", "4-bit", "bf16"),
+        ("grouped", "bf16", "int8"),
+        ("many heads share a KV head", "bf16", "bf16"),
+        ("many heads share a KV head", "bf16", "int8"),
+    ],
 )
-def test_long_contexts_split_over_threads_give_the_same_bits(isa: str, threads: int, name: str, mix: str) -> None:
+def test_long_contexts_split_over_threads_give_the_same_bits(
+    isa: str, threads: int, name: str, mix: str, kv_dtype: str
+) -> None:
     """Past 512 positions a lone token's context is split over the threads; a chunk's is not."""
     spec = dataclasses.replace(SPECS[name], max_position=2048)
     tokens = ids(1100, spec)
-    whole = sequence_logits(make_program(spec, isa, threads=1, mix=mix), spec, tokens, chunk=400)
-    program = make_program(spec, isa, threads=threads, mix=mix)
+    whole = sequence_logits(make_program(spec, isa, threads=1, mix=mix, kv_dtype=kv_dtype), spec, tokens, chunk=400)
+    program = make_program(spec, isa, threads=threads, mix=mix, kv_dtype=kv_dtype)
     blocks = range(35)
     sequence_logits(program, spec, tokens[:1020], chunk=255)
     for position in range(1020, 1030):
@@ -269,15 +285,19 @@ def test_a_crowd_and_scattered_blocks_change_no_bit(isa: str, program: Program) 
     np.testing.assert_array_equal(logits_of(batch), np.concatenate(alone))
 
 
-def test_what_a_block_held_before_does_not_matter(isa: str, program: Program) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_what_a_block_held_before_does_not_matter(isa: str, kv_dtype: str) -> None:
     spec = SPECS["grouped"]
+    program, fresh = (make_program(spec, isa, kv_dtype=kv_dtype) for _ in range(2))
     sequence_logits(program, spec, ids(96, spec, 5))
     again = sequence_logits(program, spec, ids(40, spec, 6), chunk=9)
-    np.testing.assert_array_equal(again, sequence_logits(make_program(spec, isa), spec, ids(40, spec, 6)))
+    np.testing.assert_array_equal(again, sequence_logits(fresh, spec, ids(40, spec, 6)))
 
 
-def test_a_copied_block_is_a_shared_prefix(isa: str, program: Program) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_copied_block_is_a_shared_prefix(isa: str, kv_dtype: str) -> None:
     spec = SPECS["grouped"]
+    program = make_program(spec, isa, kv_dtype=kv_dtype)
     tokens = ids(50, spec)
     expected = sequence_logits(program, spec, tokens)
     program.copy_blocks(np.array([[0, 7]], np.int32))

@@ -191,12 +191,12 @@ def test_attention_is_a_softmax_over_what_a_row_sees(length: int, causal: bool) 
     rows = min(length, 5)
     num_blocks = -(-length // BLOCK_SIZE)
     queries = rng.standard_normal((rows, 4, 16)).astype(np.float32)
-    context = rng.standard_normal((num_blocks, 2, 2, BLOCK_SIZE, 16)).astype(np.float32)
+    context = rng.standard_normal((num_blocks, 2, 2, BLOCK_SIZE, 16 + 1)).astype(np.float32)
     limits = np.arange(length - rows + 1, length + 1) if causal else np.full(rows, length)
     out = attend(queries, context, limits)
 
     keys, values = (
-        context.astype(np.float64).transpose(1, 2, 0, 3, 4).reshape(2, 2, -1, 16)
+        (context[..., :-1].astype(np.float64) * context[..., -1:]).transpose(1, 2, 0, 3, 4).reshape(2, 2, -1, 16)
     )  # [KV head, position, lane]
     for i in range(rows):
         for head in range(4):
@@ -324,8 +324,10 @@ def test_float32_activations_and_cache_only_round_less() -> None:
     ids = random_ids(60)
     exact = sequence_logits(program(activations="float32", kv_dtype="float32"), SPEC, ids)
     rounded_cache = sequence_logits(program(activations="float32"), SPEC, ids)
+    quantized_cache = sequence_logits(program(activations="float32", kv_dtype="int8"), SPEC, ids)
     quantized = sequence_logits(program(), SPEC, ids)
     assert 0.9999 < cosines(rounded_cache, exact).mean() < 1
+    assert 0.9999 < cosines(quantized_cache, exact).mean() < 1
     assert 0.999 < cosines(quantized, exact).mean() < cosines(rounded_cache, exact).mean()
 
 
@@ -363,7 +365,7 @@ def test_a_closed_program_computes_no_more() -> None:
     [
         ({"num_blocks": 0}, "num_blocks: expected at least 1, got 0"),
         ({"num_blocks": 1, "activations": "int4"}, "activations int8 or float32 .* got int4"),
-        ({"num_blocks": 1, "kv_dtype": "int8"}, "kv_dtype bf16 or float32, got int8 and int8"),
+        ({"num_blocks": 1, "kv_dtype": "int4"}, "kv_dtype bf16, int8 or float32, got int8 and int4"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
