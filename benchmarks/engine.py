@@ -60,6 +60,7 @@ class Load:
             kv_cache_tokens=max(STREAMS) * 256,
             kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=False,
+            speculation="off",  # a step is a token
             isa=isa,
             threads=threads,
         )

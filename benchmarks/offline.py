@@ -39,6 +39,7 @@ class Bench:
                 kv_cache_tokens=streams * blocks * BLOCK_SIZE,
                 kv_cache_dtype=kv_cache_dtype,
                 enable_prefix_caching=False,
+                speculation="off",  # a step is a token
                 isa=isa,
                 threads=threads,
             ),

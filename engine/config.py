@@ -48,6 +48,9 @@ _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?) ?%")
 QUANTIZATIONS = ("none", "int8", "int4")
 """What may become of float weights: bfloat16, 8-bit or 4-bit quants."""
 
+SPECULATIONS = ("prompt-lookup", "off")
+"""How following tokens are guessed while few sequences decode: from the sequence's own text, or not at all."""
+
 KV_DTYPES = ("bf16", "int8")
 """What keys and values are kept in: bfloat16, or 8-bit quants with a scale for every token and KV head."""
 
@@ -66,6 +69,7 @@ class EngineConfig:
     )
     kv_cache_dtype: str = "bf16"  # one of KV_DTYPES
     enable_prefix_caching: bool = True
+    speculation: str = "prompt-lookup"  # one of SPECULATIONS
     quantization: str | None = None  # one of QUANTIZATIONS; None: as the checkpoint stores its weights
     threads: int = 0  # 0: every CPU this process may use
     isa: str = "auto"
@@ -97,6 +101,7 @@ class EngineConfig:
             except ValueError:
                 need(False, "kv_cache_memory", MEMORY_FORMS)
         need(self.kv_cache_dtype in KV_DTYPES, "kv_cache_dtype", f"one of {', '.join(KV_DTYPES)}")
+        need(self.speculation in SPECULATIONS, "speculation", f"one of {', '.join(SPECULATIONS)}")
         need(
             self.quantization is None or self.quantization in QUANTIZATIONS,
             "quantization",

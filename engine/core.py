@@ -24,7 +24,7 @@ from engine.kernels.layout import PackedTensor
 from engine.models.spec import DecoderSpec, ModelInfo
 from engine.request import Capabilities, EngineStats, Request, TokenDelta, WeightsInfo
 from engine.scheduler.plan import Plan
-from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.scheduler import Scheduler, look_up
 from engine.worker.runner import Runner
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
+            propose=look_up if config.speculation == "prompt-lookup" else None,
             eos_token_ids=model.info.eos_token_ids,
             clock=clock,
         )
@@ -157,6 +158,8 @@ class EngineCore:
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,
             num_output_tokens=scheduler.num_output_tokens,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_requests_finished=scheduler.num_finished,
             step_seconds=self._runner.step_seconds,

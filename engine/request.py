@@ -163,6 +163,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_prompt_tokens: int = 0  # computed, cached ones not among them
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    num_draft_tokens: int = 0  # guessed to follow, and computed
+    num_accepted_tokens: int = 0  # of them, those that were chosen
     num_preemptions: int = 0
     num_requests_finished: int = 0
     step_seconds: float = 0.0  # total time inside kernels

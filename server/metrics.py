@@ -28,6 +28,8 @@ _ENGINE_COUNTERS = {
     "num_prompt_tokens": ("prompt_tokens", "Prompt tokens computed, cached ones not among them"),
     "num_cached_tokens": ("cached_tokens", "Prompt tokens found in the prefix cache"),
     "num_output_tokens": ("output_tokens", "Tokens chosen"),
+    "num_draft_tokens": ("draft_tokens", "Tokens guessed by prompt lookup"),
+    "num_accepted_tokens": ("accepted_draft_tokens", "Guessed tokens that were right"),
     "num_preemptions": ("preemptions", "Requests preempted"),
     "num_requests_finished": ("requests_finished", "Requests finished"),
     "step_seconds": ("step_seconds", "Seconds inside kernels"),

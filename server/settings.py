@@ -24,6 +24,7 @@ from engine.config import (
     KV_DTYPES,
     MIN_KV_TOKENS,
     QUANTIZATIONS,
+    SPECULATIONS,
     EngineConfig,
 )
 from engine.errors import ConfigError, FormatError, SourceError
@@ -141,6 +142,13 @@ class Settings:
     )
     prefix_caching: bool = option(True, "Reuse the KV blocks of shared prompt prefixes.", SWITCH, MEMORY_GROUP)
 
+    speculation: str = option(
+        "prompt-lookup",
+        "Guess following tokens from the text so far and compute them along: the same answers, sooner where text "
+        "repeats itself. It stops by itself where it does not pay.",
+        choice(*SPECULATIONS),
+        BATCHES,
+    )
     max_num_seqs: int = option(64, "Most requests computed in one step.", integer(1, 1024), BATCHES)
     max_num_batched_tokens: int = option(
         512, "Most tokens computed in one step; at least max-num-seqs.", integer(1, 65536), BATCHES
@@ -202,6 +210,7 @@ class Settings:
             kv_cache_memory=self.kv_cache_memory,
             kv_cache_dtype=self.kv_cache_dtype,
             enable_prefix_caching=self.prefix_caching,
+            speculation=self.speculation,
             quantization=None if self.quantization == "auto" else self.quantization,
             threads=self.threads,
             isa=self.isa,

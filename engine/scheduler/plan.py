@@ -16,6 +16,12 @@ class Scheduled:
     start: int
     num_tokens: int
     samples: bool  # the last of them is the sequence's last: this step chooses its next token
+    draft: list[int] = field(default_factory=list)  # of num_tokens, those guessed to follow the sequence's last
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the step chooses for it: the next, and what would follow each guess."""
+        return 1 + len(self.draft) if self.samples else 0
 
     def describe(self) -> dict[str, object]:
         """For the log."""
@@ -27,6 +33,7 @@ class Scheduled:
             "num_tokens": self.num_tokens,
             "num_cached_tokens": max(0, seq.num_cached_tokens),
             "samples": self.samples,
+            "num_draft_tokens": len(self.draft),
         }
 
 
@@ -42,6 +49,12 @@ class Plan:
         start = seq.num_computed
         self.items.append(Scheduled(seq, start, num_tokens, start + num_tokens == len(seq.tokens)))
         self.num_tokens += num_tokens
+
+    def guess(self, item: Scheduled, draft: list[int]) -> None:
+        """Compute tokens that may follow the last one of a sequence, which `item` samples."""
+        item.draft = draft
+        item.num_tokens += len(draft)
+        self.num_tokens += len(draft)
 
     def discard(self, seq: Sequence) -> None:
         """Take a sequence out again, if it is in: someone before it needs its blocks."""

@@ -9,6 +9,7 @@ The rules, in the order they are applied:
   recomputed.
 * A sequence is admitted only if all its tokens fit beside what running ones will soon want: otherwise it would be
   preempted at once.
+* Where a step would compute few tokens, sequences guess what follows and have it computed as well (lookup.py).
 * The first in order can preempt all others and fits alone, so something always advances.
 """
 
@@ -19,14 +20,25 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from engine.cache.prefix import PrefixCache
 from engine.config import BLOCK_SIZE
 from engine.errors import ContextLengthError, RequestError
 from engine.request import FinishReason, Request, TokenDelta
+from engine.scheduler.lookup import ROWS, PromptLookup
 from engine.scheduler.plan import Plan
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.sequence import Sequence, Status
+
+Propose = Callable[[Sequence, int], list[int]]
+
+
+def look_up(seq: Sequence, most: int) -> list[int]:
+    """A `propose` that guesses from the sequence's own text."""
+    if seq.lookup is None:
+        seq.lookup = PromptLookup()
+    return seq.lookup.propose(seq.tokens, most)
 
 
 def num_blocks_for(num_tokens: int) -> int:
@@ -36,7 +48,8 @@ def num_blocks_for(num_tokens: int) -> int:
 class Scheduler:
     """`schedule` and `update` alternate: what a plan names stays put until its update (or drop, or fail).
 
-    `add` and `abort` may come at any time, also between the two. `clock` gives Unix time in seconds, for deadlines.
+    `add` and `abort` may come at any time, also between the two. `propose` guesses at most so many tokens that follow a
+    sequence (None: nobody does). `clock` gives Unix time in seconds, for deadlines.
     """
 
     def __init__(
@@ -47,6 +60,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
+        propose: Propose | None = None,
         eos_token_ids: tuple[int, ...] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -57,6 +71,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
+        self._propose = propose
         self.prefix = PrefixCache(num_blocks, enabled=enable_prefix_caching)
         self.pool = self.prefix.pool
 
@@ -64,6 +79,8 @@ class Scheduler:
         self.num_prompt_tokens = 0  # computed; again where they were recomputed
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
+        self.num_draft_tokens = 0  # guessed
+        self.num_accepted_tokens = 0  # of them, right
         self.num_finished = 0
 
         self._clock = clock
@@ -149,12 +166,16 @@ class Scheduler:
         self._ended = []
         if self._schedule_running(plan):
             self._admit(plan)
+        if self._propose is not None:
+            self._guess(plan, self._propose)
         if plan.items:
             self._in_flight = plan
         return plan
 
     def update(self, plan: Plan, chosen: Seq[int]) -> list[TokenDelta]:
-        """Enter what a step computed: `chosen` holds one token for each item of the plan that samples, in order.
+        """Enter what a step computed: `chosen` holds the tokens of each item of the plan that samples, in order.
+
+        They are the next one and, after each that was guessed, what would follow it.
 
         A token below 0 says that none could be chosen: its request ends with FinishReason.ERROR.
         """
@@ -162,33 +183,41 @@ class Scheduler:
         deltas: list[TokenDelta] = []
         tokens = iter(chosen)
         for item in plan.items:
-            token = next(tokens) if item.samples else -1
+            candidates = list(islice(tokens, item.num_rows))
             seq = item.seq
             if seq.status is Status.ENDED:  # aborted while the step ran
                 self._free(seq)
                 continue
-            self._computed(seq, item.start + item.num_tokens)
-            if not item.samples:
-                continue
-            if token < 0:  # bias, mask and stop rules left nothing, or the logits were not numbers
-                self._end(seq)
-                deltas.append(_last_delta(seq, FinishReason.ERROR, "No token was allowed or had a finite logit."))
-                continue
-            seq.tokens.append(token)
-            self.num_output_tokens += 1
-            reason = seq.finish_reason()
-            deltas.append(
-                TokenDelta(
-                    request_id=seq.request.request_id,
-                    position=seq.num_output - 1,
-                    token_ids=[token],
-                    finish_reason=reason,
-                    stop_token_id=token if reason is FinishReason.STOP else None,
-                    num_cached_tokens=seq.num_cached_tokens,
+            position, reason = seq.num_output, None
+            # Every candidate was chosen after the guesses before it, so it counts as long as those were right.
+            for guess, token in zip([*item.draft, None], candidates, strict=False):
+                if token < 0:
+                    break
+                seq.tokens.append(token)
+                reason = seq.finish_reason()
+                if reason is not None or token != guess:
+                    break
+            new = seq.tokens[seq.num_prompt + position :]
+            if item.draft:
+                self._judge(seq, len(item.draft), len(new) - 1)
+            self._computed(seq, item.start + item.num_tokens - len(item.draft) + max(0, len(new) - 1))
+            if new:
+                self.num_output_tokens += len(new)
+                deltas.append(
+                    TokenDelta(
+                        request_id=seq.request.request_id,
+                        position=position,
+                        token_ids=new,
+                        finish_reason=reason,
+                        stop_token_id=new[-1] if reason is FinishReason.STOP else None,
+                        num_cached_tokens=seq.num_cached_tokens,
+                    )
                 )
-            )
             if reason is not None:
                 self._end(seq)
+            elif item.samples and token < 0:  # bias, mask and stop rules left nothing, or the logits were not numbers
+                self._end(seq)
+                deltas.append(_last_delta(seq, FinishReason.ERROR, "No token was allowed or had a finite logit."))
         assert next(tokens, None) is None, f"more tokens than the plan samples: {len(chosen)}"
         return deltas
 
@@ -267,6 +296,30 @@ class Scheduler:
             num_tokens = min(len(seq.tokens) - seq.num_computed, self.max_num_batched_tokens - plan.num_tokens)
             plan.add(seq, self._reserve(seq, num_tokens, plan))
             promised += _soon_wanted(seq)
+
+    def _guess(self, plan: Plan, propose: Propose) -> None:
+        """Add guesses to a step in which everybody decodes, as far as rows, budget and free blocks last."""
+        if not all(item.samples and item.num_tokens == 1 for item in plan.items):
+            return  # with prompts among them a step has no time to spare
+        for item in plan.items:
+            seq = item.seq
+            most = min(
+                min(ROWS, self.max_num_batched_tokens) - plan.num_tokens,
+                seq.max_len - len(seq.tokens) - 1,  # the step chooses one more
+                (len(seq.blocks) + self.pool.num_free) * BLOCK_SIZE - len(seq.tokens),
+            )
+            if most > 0 and (draft := propose(seq, most)):
+                missing = num_blocks_for(len(seq.tokens) + len(draft)) - len(seq.blocks)
+                if missing > 0:
+                    seq.blocks += self.pool.allocate(missing)
+                plan.guess(item, draft)
+
+    def _judge(self, seq: Sequence, num_proposed: int, num_accepted: int) -> None:
+        num_accepted = max(0, num_accepted)
+        self.num_draft_tokens += num_proposed
+        self.num_accepted_tokens += num_accepted
+        if seq.lookup is not None:
+            seq.lookup.learn(num_proposed, num_accepted)
 
     def _start(self, seq: Sequence, hits: list[int]) -> None:
         self.prefix.acquire(hits, of=(len(seq.tokens) - 1) // BLOCK_SIZE)
@@ -396,7 +449,7 @@ class Scheduler:
         for seq in self._running:
             held, name = len(seq.blocks), seq.request.request_id
             assert seq.status is Status.RUNNING, f"{name} runs, but is {seq.status.value}"
-            assert held <= num_blocks_for(len(seq.tokens)), f"{name}: {held} blocks for {len(seq.tokens)} tokens"
+            assert held <= num_blocks_for(len(seq.tokens) + ROWS), f"{name}: {held} blocks for {len(seq.tokens)} tokens"
             assert seq.num_computed <= held * BLOCK_SIZE, f"{name}: {seq.num_computed} tokens in {held} blocks"
             assert seq.num_computed < len(seq.tokens), f"{name} has nothing left to compute"
         held_back = sum(len(seq.followers) for seq in self._live.values())

@@ -6,6 +6,7 @@ import enum
 
 from engine.cache.prefix import HashChain, root_digest
 from engine.request import FinishReason, Request
+from engine.scheduler.lookup import PromptLookup
 
 
 class Status(enum.Enum):
@@ -31,6 +32,7 @@ class Sequence:
         "chain",
         "followers",
         "leader",
+        "lookup",
         "max_len",
         "num_cached_tokens",
         "num_computed",
@@ -64,6 +66,7 @@ class Sequence:
         self.residency = -1  # unique to each stay in a slot
         self.num_cached_tokens = -1  # prompt tokens found in the prefix cache on first admission; -1: not yet admitted
         self.chain = HashChain(root_digest(salt=request.cache_salt, tenant=request.tenant, adapter=request.adapter))
+        self.lookup: PromptLookup | None = None  # from its first guess on
         self.leader: Sequence | None = None  # while HELD: the sequence it waits for
         self.followers: dict[str, Sequence] = {}  # siblings HELD for this one
 

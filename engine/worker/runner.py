@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
 from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch
+from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan, Scheduled
 from engine.scheduler.sequence import Sequence
 
@@ -56,13 +57,14 @@ class Runner:
         self._query_starts = np.zeros(seqs + 1, np.int32)
         self._seq_lens = np.zeros(seqs, np.int32)
         self._step_tables = np.zeros((1, seqs, blocks), np.int32)
-        self._logits_rows = np.zeros(seqs, np.int32)
-        self._step_how = _SamplingRows(seqs)
-        self._position = np.zeros(seqs, np.int32)
-        self._no_starts = np.zeros(seqs + 1, np.int32)
+        rows = seqs + ROWS  # who decodes may have guessed
+        self._logits_rows = np.zeros(rows, np.int32)
+        self._step_how = _SamplingRows(rows)
+        self._position = np.zeros(rows, np.int32)
+        self._no_starts = np.zeros(rows + 1, np.int32)
 
     def run(self, plan: Plan) -> list[int]:
-        """Compute the plan; returns one token for each of its items that samples, in order.
+        """Compute the plan; returns the tokens of each of its items that samples (`Scheduled.num_rows`), in order.
 
         Raises whatever the program raises; the arrays stay usable.
         """
@@ -84,7 +86,7 @@ class Runner:
         seq_lens: list[int] = []
         slots: list[int] = []
         logits_rows: list[int] = []
-        sampled: list[Sequence] = []
+        sampled: list[_Row] = []
         for item in items:
             seq, start, end = item.seq, item.start, item.start + item.num_tokens
             self._refresh(seq)
@@ -93,13 +95,15 @@ class Runner:
                 positions.append(start)
             else:
                 token_ids += seq.tokens[start:end]
+                token_ids += item.draft
                 positions += range(start, end)
             starts.append(len(token_ids))
             seq_lens.append(end)
             slots.append(seq.slot)
             if item.samples:
-                logits_rows.append(len(token_ids) - 1)
-                sampled.append(seq)
+                first = len(token_ids) - item.num_rows
+                logits_rows += range(first, len(token_ids))
+                sampled += [(seq, item.draft[:ahead]) for ahead in range(item.num_rows)]
 
         num_tokens, num_seqs, num_rows = len(token_ids), len(slots), len(logits_rows)
         self._token_ids[:num_tokens] = token_ids
@@ -129,26 +133,26 @@ class Runner:
             self._tables[seq.slot, have:want] = seq.blocks[have:]
             slot.num_blocks = want
 
-    def _sampling(self, seqs: list[Sequence]) -> SamplingArrays:
-        num_rows = len(seqs)
+    def _sampling(self, rows: list[_Row]) -> SamplingArrays:
+        num_rows = len(rows)
         how = self._step_how
-        how.gather(self._how, [seq.slot for seq in seqs])
-        self._position[:num_rows] = [len(seq.tokens) for seq in seqs]
-        slots = [self._slots[seq.slot] for seq in seqs]
+        how.gather(self._how, [seq.slot for seq, _ in rows])
+        self._position[:num_rows] = [len(seq.tokens) + len(ahead) for seq, ahead in rows]
+        slots = [self._slots[seq.slot] for seq, _ in rows]
 
         history_starts = history_output_starts = self._no_starts
         history_tokens = _NO_INTS
         if any(slot.penalized for slot in slots):
-            histories = [slot.history_of(seq) for slot, seq in zip(slots, seqs, strict=True)]
+            histories = [slot.history_of(*row) for slot, row in zip(slots, rows, strict=True)]
             history_tokens = np.concatenate(histories)
             history_starts = _starts(histories)
             # A row without penalties has an empty history; any place within it will do as its output's start.
-            prompts = [seq.num_prompt if slot.penalized else 0 for slot, seq in zip(slots, seqs, strict=True)]
+            prompts = [seq.num_prompt if slot.penalized else 0 for slot, (seq, _) in zip(slots, rows, strict=True)]
             history_output_starts = history_starts[:-1] + np.array(prompts, np.int32)
 
         bias_starts, bias_tokens, bias_values = self._no_starts, _NO_INTS, _NO_FLOATS
         if any(slot.biased for slot in slots):
-            biases = [slot.bias_of(seq) for slot, seq in zip(slots, seqs, strict=True)]
+            biases = [slot.bias_of(*row) for slot, row in zip(slots, rows, strict=True)]
             bias_tokens = np.concatenate([tokens for tokens, _ in biases])
             bias_values = np.concatenate([values for _, values in biases])
             bias_starts = _starts([tokens for tokens, _ in biases])
@@ -171,6 +175,10 @@ class Runner:
             bias_tokens=bias_tokens,
             bias_values=bias_values,
         )
+
+
+_Row = tuple[Sequence, list[int]]
+"""One token to choose: of a sequence, after these tokens that were guessed to follow."""
 
 
 class _SamplingRows:
@@ -239,8 +247,8 @@ class _Slot:
             self._early_bias = _bias_arrays(bias | dict.fromkeys(seq.stop_token_ids, -np.inf))
         self.biased = len(self._bias[0]) + len(self._early_bias[0]) > 0
 
-    def history_of(self, seq: Sequence) -> Int32:
-        """Every token of the sequence so far where penalties read them, int32 [len(seq.tokens)], else empty."""
+    def history_of(self, seq: Sequence, ahead: list[int]) -> Int32:
+        """Every token of the sequence and those guessed to follow, int32, where penalties read them; else empty."""
         if not self.penalized:
             return _NO_INTS
         have, want = self._num_history, len(seq.tokens)
@@ -250,11 +258,12 @@ class _Slot:
             self._history = grown
         self._history[have:want] = seq.tokens[have:]
         self._num_history = want
-        return self._history[:want]
+        history = self._history[:want]
+        return np.concatenate([history, np.array(ahead, np.int32)]) if ahead else history
 
-    def bias_of(self, seq: Sequence) -> tuple[Int32, Float32]:
+    def bias_of(self, seq: Sequence, ahead: list[int]) -> tuple[Int32, Float32]:
         """Token ids and what is added to their logits; until min_tokens, whatever would stop is forbidden."""
-        return self._early_bias if seq.num_output < seq.request.sampling.min_tokens else self._bias
+        return self._early_bias if seq.num_output + len(ahead) < seq.request.sampling.min_tokens else self._bias
 
 
 def _bias_arrays(bias: dict[int, float]) -> tuple[Int32, Float32]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.config import KV_DTYPES
 from loadtests.peers import serving
 from loadtests.peers.plan import OURS, Task
 from loadtests.peers.processes import output_of
@@ -25,22 +26,27 @@ class Seraph:
         output_of(command, log=place.logs / "seraph-pull.log", seconds=600, folder=ROOT)
 
     def settings(self, family: str, place: Place) -> Sequence[Setting]:
-        return (Setting("its defaults, KV memory for 32,768 tokens"),)
+        return tuple(
+            Setting(f"{dtype} keys and values, KV memory for 32,768 tokens, no speculation", {"kv_cache_dtype": dtype})
+            for dtype in KV_DTYPES
+        )
 
     def measure(
         self, tasks: Sequence[Task], setting: Setting, place: Place, *, over_http: bool
     ) -> Mapping[str, Figures]:
         if over_http or tasks[0].kind == "serve":
-            return serving.measure(self._server(place), tasks)
-        return {task.name: self._offline(task, place) for task in tasks}
+            return serving.measure(self._server(setting, place), tasks)
+        return {task.name: self._offline(task, setting, place) for task in tasks}
 
-    def _server(self, place: Place) -> serving.Server:
-        flags = ["--port", "{port}", "--log-level", "warning", "--kv-cache-tokens", "32768"]
+    def _server(self, setting: Setting, place: Place) -> serving.Server:
+        flags = ["--port", "{port}", "--log-level", "warning", "--speculation", "off", "--kv-cache-tokens", "32768"]
+        flags += ["--kv-cache-dtype", setting.options["kv_cache_dtype"]]
         command = [place.python, "-m", "server.cli", "serve", serving.MODEL, *flags]
         return serving.Server(command, {}, place.logs / "seraph.log", folder=ROOT)
 
-    def _offline(self, task: Task, place: Place) -> Figures:
+    def _offline(self, task: Task, setting: Setting, place: Place) -> Figures:
         sizes = ["--streams", str(task.streams), "--prompt", str(task.prompt or 16), "--tokens", str(task.tokens)]
+        sizes += ["--kv-cache-dtype", setting.options["kv_cache_dtype"]]
         command = [place.python, "-m", "benchmarks.offline", task.kind, *sizes]
         log = place.logs / f"seraph-{task.name}.log"
         figures: Figures = json.loads(output_of(command, log=log, seconds=task.seconds, folder=ROOT))

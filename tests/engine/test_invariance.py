@@ -136,8 +136,9 @@ def build(request: pytest.FixtureRequest) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: PackedModel, tiny_requests: list[Request], build: dict[str, str]) -> Tokens:
-    """Each request with nobody beside it, its prompt in one piece, nothing reused."""
-    return run(tiny_model, [[request] for request in tiny_requests], **build, enable_prefix_caching=False)[0]
+    """Each request with nobody beside it, its prompt in one piece, nothing reused, nothing guessed."""
+    batches = [[request] for request in tiny_requests]
+    return run(tiny_model, batches, **build, enable_prefix_caching=False, speculation="off")[0]
 
 
 @pytest.mark.parametrize("company", COMPANY)
@@ -174,6 +175,23 @@ def test_tokens_do_not_depend_on_order_or_on_being_resumed(
     ]
     tokens, _ = run(tiny_model, [resumed], **build, max_num_batched_tokens=64)
     assert_same({name: alone[name][: done[name]] + rest for name, rest in tokens.items()}, alone)
+
+
+def test_tokens_do_not_depend_on_guesses(
+    tiny_model: PackedModel, tiny_requests: list[Request], build: dict[str, str], alone: Tokens
+) -> None:
+    """Prompts that hold the answers, so that many guesses are right; some, with another seed, are wrong again."""
+    telling = [
+        msgspec.structs.replace(request, prompt_token_ids=[*request.prompt_token_ids, *alone[request.request_id]] * 2)
+        for request in tiny_requests
+    ]
+    batches = [[request] for request in telling]
+    expected, _ = run(tiny_model, batches, **build, speculation="off")
+    tokens, stats = run(tiny_model, batches, **build)
+    assert_same(tokens, expected)
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    together, _ = run(tiny_model, [telling[index : index + 3] for index in range(0, NUM_REQUESTS, 3)], **build)
+    assert_same(together, expected)
 
 
 def test_seeds_choices_and_samplers_really_differ(alone: Tokens) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import random
+
 import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -9,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.config import BLOCK_SIZE
 from engine.request import FinishReason, Request, SamplingParams, TokenDelta
+from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan
 from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import Sequence
 from engine.worker.runner import Runner
 from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request
 
@@ -43,9 +48,11 @@ class Traffic(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.sampled_from([0, 10, 58, 250]),
         caching=st.booleans(),
+        errs=st.none() | st.sampled_from([0.0, 0.3, 1.0]),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, extra_budget: int, caching: bool) -> None:
+    def start(self, num_blocks: int, max_num_seqs: int, extra_budget: int, caching: bool, errs: float | None) -> None:
         self.now = 0.0
+        self.rng = random.Random(num_blocks)
         self.budget = max_num_seqs + extra_budget
         self.program = FakeProgram(num_blocks=num_blocks)
         self.scheduler = Scheduler(
@@ -54,6 +61,7 @@ class Traffic(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.budget,
             enable_prefix_caching=caching,
+            propose=None if errs is None else functools.partial(self._propose, errs),
             eos_token_ids=EOS,
             clock=lambda: self.now,
         )
@@ -64,6 +72,12 @@ class Traffic(RuleBasedStateMachine):
         self.expected: dict[str, list[int]] = {}  # of live requests
         self.received: dict[str, list[int]] = {}
         self.count = 0
+
+    def _propose(self, errs: float, seq: Sequence, most: int) -> list[int]:
+        """What the sequence will say, but for a token now and then; at times more than it will say."""
+        whole = self.expected.get(seq.request.request_id, [])
+        right = [*whole[seq.num_output :], 0, 0, 0][: self.rng.randint(0, most)]
+        return [self.rng.randrange(VOCAB) if self.rng.random() < errs else token for token in right]
 
     @rule(
         prompt=prompts,
@@ -180,7 +194,7 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert self.scheduler.num_running + self.scheduler.num_waiting <= len(self.expected)
         for item in [] if self.plan is None else self.plan.items:
-            assert len(item.seq.blocks) <= -(-len(item.seq.tokens) // BLOCK_SIZE)
+            assert len(item.seq.blocks) <= -(-(len(item.seq.tokens) + ROWS) // BLOCK_SIZE)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

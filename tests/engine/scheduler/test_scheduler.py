@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from engine.config import BLOCK_SIZE
 from engine.errors import ContextLengthError, RequestError
 from engine.request import FinishReason, SamplingParams, TokenDelta
 from engine.scheduler.plan import Plan
-from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.scheduler import Propose, Scheduler
 from engine.scheduler.sequence import Sequence
 from tests.engine.fakes import make_request
 
@@ -24,6 +25,7 @@ def make_scheduler(
     max_num_seqs: int = 8,
     budget: int = 64,
     caching: bool = True,
+    propose: Propose | None = None,
     clock: Callable[[], float] = lambda: 0.0,
 ) -> Scheduler:
     return Scheduler(
@@ -32,6 +34,7 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         enable_prefix_caching=caching,
+        propose=propose,
         eos_token_ids=(EOS,),
         clock=clock,
     )
@@ -500,3 +503,99 @@ def test_plan_reads_well_in_a_log() -> None:
     scheduler.add(make_request("a", prompt(4)))
     scheduler.add(make_request("b", prompt(100)))
     assert str(scheduler.schedule()) == "64 tokens of 2 requests: a[0:4]* b[0:60]"
+
+
+# Guesses
+
+
+def guessing(draft: list[int], **options: Any) -> Scheduler:
+    """A scheduler whose sequences always guess `draft`, with a request at its first decode step."""
+    scheduler = make_scheduler(propose=lambda seq, most: draft[:most], **options)
+    scheduler.add(make_request("a", prompt(10), sampling=forever(20)))
+    step(scheduler)
+    return scheduler
+
+
+def judged(scheduler: Scheduler, chosen: list[int]) -> list[TokenDelta]:
+    deltas = scheduler.update(scheduler.schedule(), chosen)
+    scheduler.check_integrity()
+    return deltas
+
+
+@pytest.mark.parametrize(
+    ("chosen", "new"),
+    [
+        ([5, 6, 7], [5, 6, 7]),  # both right, and one more
+        ([5, 9, 7], [5, 9]),  # what follows a wrong one was chosen after something else
+        ([9, 6, 7], [9]),
+        ([5, 6, 6], [5, 6, 6]),
+    ],
+)
+def test_guesses_count_as_far_as_they_are_right(chosen: list[int], new: list[int]) -> None:
+    scheduler = guessing([5, 6])
+    plan = scheduler.schedule()
+    assert shape(plan) == [("a", 10, 3, True)]
+    assert plan.items[0].num_rows == 3
+    (delta,) = scheduler.update(plan, chosen)
+    scheduler.check_integrity()
+    assert (delta.token_ids, delta.position) == (new, 1)
+    assert (scheduler.num_draft_tokens, scheduler.num_accepted_tokens) == (2, len(new) - 1)
+    assert scheduler.num_output_tokens == 1 + len(new)
+    assert shape(scheduler.schedule())[0][1] == 10 + len(new)  # what was computed of right guesses is kept
+
+
+def test_a_stop_token_among_right_guesses_ends_the_request_there() -> None:
+    scheduler = make_scheduler(propose=lambda seq, most: [5, EOS, 6][:most])
+    scheduler.add(make_request("a", prompt(10), sampling=SamplingParams(max_tokens=20)))
+    step(scheduler)
+    (delta,) = judged(scheduler, [5, EOS, 6, 7])
+    assert (delta.token_ids, delta.finish_reason, delta.stop_token_id) == ([5, EOS], FinishReason.STOP, EOS)
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+def test_guesses_do_not_pass_max_tokens() -> None:
+    scheduler = guessing([5] * 8)
+    finished = [judged(scheduler, [5] * 8), judged(scheduler, [5] * 8), judged(scheduler, [5] * 3)]
+    assert [len(delta.token_ids) for (delta,) in finished] == [8, 8, 3]
+    assert finished[-1][0].finish_reason is FinishReason.LENGTH
+
+
+def test_a_choice_that_fails_after_right_guesses_ends_the_request_with_them() -> None:
+    first, last = judged(guessing([5, 6]), [5, -1, 7])
+    assert (first.token_ids, first.finish_reason) == ([5], None)
+    assert (last.token_ids, last.finish_reason, last.position) == ([], FinishReason.ERROR, 2)
+
+
+def test_nobody_guesses_beside_a_prompt() -> None:
+    scheduler = guessing([5, 6])
+    scheduler.add(make_request("b", prompt(40, 9), sampling=forever(20)))
+    assert shape(scheduler.schedule()) == [("a", 10, 1, True), ("b", 0, 40, True)]
+
+
+def test_a_crowd_makes_no_guesses() -> None:
+    scheduler = make_scheduler(max_num_seqs=12, propose=lambda seq, most: [5] * most)
+    for index in range(12):
+        scheduler.add(make_request(f"r{index}", prompt(2, index), sampling=forever(9)))
+    step(scheduler)
+    plan = scheduler.schedule()
+    assert plan.num_tokens == len(plan.items) == 12
+
+
+def test_rows_are_shared_by_few() -> None:
+    scheduler = make_scheduler(propose=lambda seq, most: [5] * min(3, most))
+    for index in range(5):
+        scheduler.add(make_request(f"r{index}", prompt(2, index), sampling=forever(9)))
+    step(scheduler)
+    assert [item.num_tokens for item in scheduler.schedule().items] == [4, 1, 1, 1, 1]
+
+
+def test_guesses_take_no_block_from_anybody() -> None:
+    scheduler = make_scheduler(num_blocks=4, propose=lambda seq, most: [5] * min(4, most))
+    scheduler.add(make_request("a", prompt(61, 1), sampling=forever(20)))
+    step(scheduler)
+    held = scheduler.pool.allocate(2)  # all that are left
+    plan = scheduler.schedule()
+    assert shape(plan) == [("a", 61, 3, True)]  # to the end of its block
+    scheduler.drop(plan)
+    scheduler.pool.release(held)
+    assert shape(scheduler.schedule()) == [("a", 61, 5, True)]
