@@ -48,6 +48,11 @@ _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?) ?%")
 QUANTIZATIONS = ("none", "int8", "int4")
 """What may become of float weights: bfloat16, 8-bit or 4-bit quants."""
 
+HUGE_PAGES = ("auto", "on", "off")
+"""Whether weights are copied into huge pages: "auto" where that takes at most HUGE_PAGES_SHARE of the memory."""
+
+HUGE_PAGES_SHARE = 0.125
+
 SPECULATIONS = ("prompt-lookup", "off")
 """How following tokens are guessed while few sequences decode: from the sequence's own text, or not at all."""
 
@@ -71,6 +76,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     speculation: str = "prompt-lookup"  # one of SPECULATIONS
     quantization: str | None = None  # one of QUANTIZATIONS; None: as the checkpoint stores its weights
+    huge_pages: str = "auto"  # one of HUGE_PAGES
     threads: int = 0  # 0: every CPU this process may use
     isa: str = "auto"
     home: Path | None = None  # where models live; None: SERAPH_HOME, else ~/.cache/seraph
@@ -101,6 +107,7 @@ class EngineConfig:
             except ValueError:
                 need(False, "kv_cache_memory", MEMORY_FORMS)
         need(self.kv_cache_dtype in KV_DTYPES, "kv_cache_dtype", f"one of {', '.join(KV_DTYPES)}")
+        need(self.huge_pages in HUGE_PAGES, "huge_pages", f"one of {', '.join(HUGE_PAGES)}")
         need(self.speculation in SPECULATIONS, "speculation", f"one of {', '.join(SPECULATIONS)}")
         need(
             self.quantization is None or self.quantization in QUANTIZATIONS,
@@ -139,6 +146,14 @@ def seraph_home(explicit: Path | None = None) -> Path:
     if value := os.environ.get("SERAPH_HOME"):
         return Path(value).expanduser()
     return Path.home() / ".cache" / "seraph"
+
+
+def gives_huge_pages(file: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> bool:
+    """Whether the system gives huge pages to a process that asks for them."""
+    try:
+        return "[never]" not in file.read_text()
+    except OSError:
+        return False
 
 
 def requested_isa() -> str:

@@ -64,6 +64,7 @@ def serve(settings: Settings) -> None:
     "kv_cache_memory",
     "kv_cache_tokens",
     "kv_cache_dtype",
+    "huge_pages",
     "threads",
     "isa",
     "config",

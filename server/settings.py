@@ -20,6 +20,8 @@ from engine.config import (
     AUTO_KV_TOKENS,
     BLOCK_SIZE,
     DEFAULT_MODEL,
+    HUGE_PAGES,
+    HUGE_PAGES_SHARE,
     ISAS,
     KV_DTYPES,
     MIN_KV_TOKENS,
@@ -157,6 +159,13 @@ class Settings:
         512, "Sequences that may wait beyond max-num-seqs before callers get 503.", integer(0, 1 << 20), BATCHES
     )
 
+    huge_pages: str = option(
+        "auto",
+        "Copy the weights into huge pages of this process's own: some 7% faster, but no longer shared with other "
+        f"servers; auto: where they take at most {HUGE_PAGES_SHARE:.1%} of the memory.",
+        choice(*HUGE_PAGES),
+        MACHINE,
+    )
     threads: int = option(0, "Threads of the engine; 0: every CPU this process may use.", integer(0, 1024), MACHINE)
     isa: str = option("auto", "Instruction set of the kernels.", choice("auto", *ISAS), MACHINE)
 
@@ -212,6 +221,7 @@ class Settings:
             enable_prefix_caching=self.prefix_caching,
             speculation=self.speculation,
             quantization=None if self.quantization == "auto" else self.quantization,
+            huge_pages=self.huge_pages,
             threads=self.threads,
             isa=self.isa,
         )

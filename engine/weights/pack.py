@@ -87,18 +87,48 @@ class PackedModel:
     """
 
     def __init__(
-        self, name: str, path: Path, info: ModelInfo, source: Source, weights: Mapping[str, PackedTensor], nbytes: int
+        self,
+        name: str,
+        path: Path,
+        info: ModelInfo,
+        source: Source,
+        weights: Mapping[str, PackedTensor],
+        mapping: mmap.mmap,
     ) -> None:
         self.name = name
         self.path = path
         self.info = info
         self.source = source
         self.weights = weights
-        self.nbytes = nbytes  # of the whole file
+        self.nbytes = len(mapping)  # of the whole file
+        self._mapping: mmap.mmap | None = mapping
 
     def close(self) -> None:
         """Let go of the weights; the file is unmapped with the last array that still views it. Idempotent."""
         self.weights = {}
+        self._mapping = None
+
+    def copied(self) -> dict[str, PackedTensor]:
+        """The weights in memory of this process alone, in huge pages where the system gives them.
+
+        What this process held of the file is given back. Raises MemoryError where there is not enough.
+        """
+        sizes = [_round_up(tensor.data.nbytes, TENSOR_ALIGNMENT) for tensor in self.weights.values()]
+        try:
+            memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{sum(sizes)} bytes for a copy of the weights: {error.strerror}") from error
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        copies, offset = {}, 0
+        for (name, tensor), size in zip(self.weights.items(), sizes, strict=True):
+            copy = np.frombuffer(memory, np.uint8, tensor.data.nbytes, offset)
+            copy[:] = tensor.data.view(np.uint8)
+            copy.flags.writeable = False
+            copies[name] = PackedTensor(tensor.format, copy if tensor.format is not None else copy.view(np.float32))
+            offset += size
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)  # of a file: nothing is lost, it is read again where it is wanted
+        return copies
 
 
 def write_packed(
@@ -165,7 +195,7 @@ def open_packed(path: Path, *, wanted: bool = True) -> PackedModel:
     if wanted:  # whole and soon: let the kernel read ahead while the rest of the start goes on
         mapping.madvise(mmap.MADV_WILLNEED)
     weights = {entry.name: PackedTensor(entry.format, _view(mapping, entry)) for entry in header.tensors}
-    return PackedModel(header.name, path, header.info, header.source, weights, size)
+    return PackedModel(header.name, path, header.info, header.source, weights, mapping)
 
 
 def _view(mapping: mmap.mmap, entry: _Entry) -> NDArray[np.uint8] | NDArray[np.float32]:

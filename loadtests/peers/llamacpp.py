@@ -18,6 +18,11 @@ SLOTS = 64
 SLOT_TOKENS = 384
 
 
+def requantized(place: Place) -> Path:
+    """The model as Q4_0, made by `LlamaCpp.prepare`."""
+    return place.models / "q4_0.gguf"
+
+
 class LlamaCpp:
     name = "llamacpp"
     title = "llama.cpp b11434"
@@ -25,7 +30,7 @@ class LlamaCpp:
     over_http = False
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
-        made = place.models / "q4_0.gguf"
+        made = requantized(place)
         if not made.exists():
             place.models.mkdir(parents=True, exist_ok=True)
             partial = made.with_suffix(".partial")
@@ -34,7 +39,7 @@ class LlamaCpp:
             partial.rename(made)
 
     def settings(self, family: str, place: Place) -> Sequence[Setting]:
-        q4_0, q4_1 = str(place.models / "q4_0.gguf"), str(place.gguf)
+        q4_0, q4_1 = str(requantized(place)), str(place.gguf)
         return (
             Setting("Q4_0", {"model": q4_0, "attention": "auto"}),
             Setting("Q4_1", {"model": q4_1, "attention": "auto"}),

@@ -49,6 +49,9 @@ def test_what_is_no_memory_size(text: str) -> None:
         ({"kv_cache_tokens": 63}, "kv_cache_tokens must be at least 64, got 63."),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory must be a size as 2GiB or 800MB, or a share of .*, got 'lots'."),
         ({"kv_cache_tokens": 64, "kv_cache_memory": 1}, "kv_cache_tokens and kv_cache_memory both .* got 64 and 1."),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of bf16, int8, got 'fp8'."),
+        ({"speculation": "eagle"}, "speculation must be one of prompt-lookup, off, got 'eagle'."),
+        ({"huge_pages": "yes"}, "huge_pages must be one of auto, on, off, got 'yes'."),
         ({"quantization": "int2"}, "quantization must be one of none, int8, int4, got 'int2'."),
     ],
 )

@@ -4,14 +4,17 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
-from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.config import EngineConfig, gives_huge_pages
+from engine.core import EngineCore, resident_weights
 from engine.errors import ConfigError, ContextLengthError, RequestError
+from engine.kernels.layout import PackedTensor
 from engine.models.spec import ModelInfo
 from engine.request import FinishReason, SamplingParams, TokenDelta
 from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request, make_spec
@@ -248,3 +251,47 @@ def test_close_closes_the_program() -> None:
     core.close()
     core.close()
     assert program.closed
+
+
+@dataclass
+class Weighty:
+    """A model of so many bytes, of which a copy is asked for or not."""
+
+    nbytes: int
+
+    @property
+    def weights(self) -> dict[str, PackedTensor]:
+        return {"embed": PackedTensor(None, np.empty(self.nbytes, np.uint8))}
+
+    def copied(self) -> dict[str, PackedTensor]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("huge_pages", "nbytes", "copied"),
+    [
+        ("auto", 4 << 20, True),
+        ("auto", (4 << 20) + 1, False),  # over an eighth
+        ("auto", (2 << 20) - 1, False),  # no whole page
+        ("on", 1000, True),
+        ("off", 4 << 20, False),
+    ],
+)
+def test_weights_are_copied_where_there_is_room(
+    huge_pages: str, nbytes: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = Weighty(nbytes)
+    monkeypatch.setattr("engine.core.gives_huge_pages", lambda: True)
+    assert (not resident_weights(huge_pages, model, 32 << 20)) is copied
+    monkeypatch.setattr("engine.core.gives_huge_pages", lambda: False)
+    assert (not resident_weights(huge_pages, model, 32 << 20)) is (huge_pages == "on")
+
+
+@pytest.mark.parametrize(
+    ("said", "gives"),
+    [("always [madvise] never\n", True), ("[always] madvise never\n", True), ("always madvise [never]\n", False)],
+)
+def test_what_the_system_says_of_huge_pages(tmp_path: Path, said: str, gives: bool) -> None:
+    (tmp_path / "enabled").write_text(said)
+    assert gives_huge_pages(tmp_path / "enabled") is gives
+    assert not gives_huge_pages(tmp_path / "nothing")

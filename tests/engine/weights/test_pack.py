@@ -59,6 +59,20 @@ def test_what_was_written_is_mapped(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [checkpoint, path]
 
 
+def test_a_copy_is_the_weights_without_the_file(tmp_path: Path) -> None:
+    model = open_packed(packed(tmp_path))
+    copies = model.copied()
+    assert list(copies) == list(model.weights)
+    for name, tensor in model.weights.items():
+        assert copies[name].format == tensor.format
+        assert copies[name].data.dtype == tensor.data.dtype
+        assert not np.shares_memory(copies[name].data, tensor.data)
+        assert copies[name].data.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(copies[name].data, tensor.data)  # which is read again
+    model.close()
+    assert copies["embed"].data.any()
+
+
 def test_tensors_are_aligned(tmp_path: Path) -> None:
     path = packed(tmp_path, hidden=96, heads=3, kv_heads=1, head_dim=32)
     entries = header_of(path)["tensors"]
