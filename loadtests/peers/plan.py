@@ -64,12 +64,13 @@ def tasks(concurrency: Sequence[int], contexts: Sequence[int]) -> tuple[Task, ..
 
 def turns(groups: Mapping[str, Sequence[tuple[Task, ...]]], rounds: int) -> Iterator[Turn]:
     """All turns in order. Ours and the peer's stand next to each other, and who comes first changes from one round to
-    the next and from one group of tasks to the next, so that neither always meets the machine that the other left.
+    the next and from one group of tasks to the next, so that neither always meets the machine that the other left. One
+    comparison is made after another, so that a run which is cut short has whole ones.
 
     `groups`: for each peer, the tasks that are measured in one go.
     """
-    for number in range(rounds):
-        for pair, of_pair in groups.items():
+    for pair, of_pair in groups.items():
+        for number in range(rounds):
             for position, group in enumerate(of_pair):
                 systems = (OURS, pair) if (number + position) % 2 == 0 else (pair, OURS)
                 for system in systems:

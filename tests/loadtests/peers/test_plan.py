@@ -12,6 +12,7 @@ def test_every_pair_stands_together_and_alternates() -> None:
     groups: dict[str, list[tuple[Task, ...]]] = {"a": [(task,) for task in TASKS], "b": [TASKS]}
     order = list(turns(groups, rounds=4))
     assert len(order) == 4 * 2 * (len(TASKS) + 1)
+    assert [turn.pair for turn in order] == ["a"] * (8 * len(TASKS)) + ["b"] * 8
     for first, second in zip(order[::2], order[1::2], strict=True):
         assert (first.round, first.pair, first.tasks) == (second.round, second.pair, second.tasks)
         assert {first.system, second.system} == {OURS, first.pair}
