@@ -106,14 +106,13 @@ class EngineConfig:
                 parse_memory(memory)
             except ValueError:
                 need(False, "kv_cache_memory", MEMORY_FORMS)
-        need(self.kv_cache_dtype in KV_DTYPES, "kv_cache_dtype", f"one of {', '.join(KV_DTYPES)}")
-        need(self.huge_pages in HUGE_PAGES, "huge_pages", f"one of {', '.join(HUGE_PAGES)}")
-        need(self.speculation in SPECULATIONS, "speculation", f"one of {', '.join(SPECULATIONS)}")
-        need(
-            self.quantization is None or self.quantization in QUANTIZATIONS,
-            "quantization",
-            f"one of {', '.join(QUANTIZATIONS)}",
-        )
+        for key, words in (
+            ("kv_cache_dtype", KV_DTYPES),
+            ("huge_pages", HUGE_PAGES),
+            ("speculation", SPECULATIONS),
+            ("quantization", (None, *QUANTIZATIONS)),
+        ):
+            need(getattr(self, key) in words, key, f"one of {', '.join(word for word in words if word)}")
         need(0 <= self.threads <= 1024, "threads", "0 (automatic) or a count up to 1024")
         need(self.isa == "auto" or self.isa in ISAS, "isa", f"auto or one of {', '.join(ISAS)}")
 

@@ -32,7 +32,8 @@ from engine.kernels.layout import PackedTensor
 from engine.models.spec import DecoderSpec, ModelInfo
 from engine.request import Capabilities, EngineStats, Request, TokenDelta, WeightsInfo
 from engine.scheduler.plan import Plan
-from engine.scheduler.scheduler import Scheduler, look_up
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import Sequence
 from engine.worker.runner import Runner
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
-            propose=look_up if config.speculation == "prompt-lookup" else None,
+            propose=Sequence.guess if config.speculation == "prompt-lookup" else None,
             eos_token_ids=model.info.eos_token_ids,
             clock=clock,
         )

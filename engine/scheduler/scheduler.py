@@ -20,25 +20,17 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from itertools import islice
 
 from engine.cache.prefix import PrefixCache
 from engine.config import BLOCK_SIZE
 from engine.errors import ContextLengthError, RequestError
 from engine.request import FinishReason, Request, TokenDelta
-from engine.scheduler.lookup import ROWS, PromptLookup
+from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.sequence import Sequence, Status
 
 Propose = Callable[[Sequence, int], list[int]]
-
-
-def look_up(seq: Sequence, most: int) -> list[int]:
-    """A `propose` that guesses from the sequence's own text."""
-    if seq.lookup is None:
-        seq.lookup = PromptLookup()
-    return seq.lookup.propose(seq.tokens, most)
 
 
 def num_blocks_for(num_tokens: int) -> int:
@@ -181,26 +173,29 @@ class Scheduler:
         """
         self._land(plan)
         deltas: list[TokenDelta] = []
-        tokens = iter(chosen)
+        num_entered = 0
         for item in plan.items:
-            candidates = list(islice(tokens, item.num_rows))
-            seq = item.seq
+            seq, draft, first = item.seq, item.draft, num_entered
+            num_entered += item.num_rows
             if seq.status is Status.ENDED:  # aborted while the step ran
                 self._free(seq)
                 continue
-            position, reason = seq.num_output, None
-            # Every candidate was chosen after the guesses before it, so it counts as long as those were right.
-            for guess, token in zip([*item.draft, None], candidates, strict=False):
-                if token < 0:
+            new: list[int] = []
+            position, reason, failed = seq.num_output, None, False
+            # Each was chosen after the guesses before it, so it counts as long as those were right.
+            for token in chosen[first:num_entered]:
+                if token < 0:  # bias, mask and stop rules left nothing, or the logits were not numbers
+                    failed = True
                     break
                 seq.tokens.append(token)
+                new.append(token)
                 reason = seq.finish_reason()
-                if reason is not None or token != guess:
+                if reason is not None or len(new) > len(draft) or token != draft[len(new) - 1]:
                     break
-            new = seq.tokens[seq.num_prompt + position :]
-            if item.draft:
-                self._judge(seq, len(item.draft), len(new) - 1)
-            self._computed(seq, item.start + item.num_tokens - len(item.draft) + max(0, len(new) - 1))
+            num_accepted = max(0, len(new) - 1)
+            if draft:
+                self._judge(seq, len(draft), num_accepted)
+            self._computed(seq, item.start + item.num_tokens - len(draft) + num_accepted)
             if new:
                 self.num_output_tokens += len(new)
                 deltas.append(
@@ -215,10 +210,10 @@ class Scheduler:
                 )
             if reason is not None:
                 self._end(seq)
-            elif item.samples and token < 0:  # bias, mask and stop rules left nothing, or the logits were not numbers
+            elif failed:
                 self._end(seq)
                 deltas.append(_last_delta(seq, FinishReason.ERROR, "No token was allowed or had a finite logit."))
-        assert next(tokens, None) is None, f"more tokens than the plan samples: {len(chosen)}"
+        assert num_entered == len(chosen), f"fewer or more tokens than the plan samples: {len(chosen)}"
         return deltas
 
     def drop(self, plan: Plan) -> None:
@@ -299,12 +294,13 @@ class Scheduler:
 
     def _guess(self, plan: Plan, propose: Propose) -> None:
         """Add guesses to a step in which everybody decodes, as far as rows, budget and free blocks last."""
-        if not all(item.samples and item.num_tokens == 1 for item in plan.items):
-            return  # with prompts among them a step has no time to spare
+        rows = min(ROWS, self.max_num_batched_tokens)
+        if plan.num_tokens >= rows or not all(item.samples and item.num_tokens == 1 for item in plan.items):
+            return  # a crowd, or prompts among them: the step has no time to spare
         for item in plan.items:
             seq = item.seq
             most = min(
-                min(ROWS, self.max_num_batched_tokens) - plan.num_tokens,
+                rows - plan.num_tokens,
                 seq.max_len - len(seq.tokens) - 1,  # the step chooses one more
                 (len(seq.blocks) + self.pool.num_free) * BLOCK_SIZE - len(seq.tokens),
             )
@@ -315,7 +311,6 @@ class Scheduler:
                 plan.guess(item, draft)
 
     def _judge(self, seq: Sequence, num_proposed: int, num_accepted: int) -> None:
-        num_accepted = max(0, num_accepted)
         self.num_draft_tokens += num_proposed
         self.num_accepted_tokens += num_accepted
         if seq.lookup is not None:

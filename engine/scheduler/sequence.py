@@ -79,6 +79,12 @@ class Sequence:
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
+    def guess(self, most: int) -> list[int]:
+        """At most `most` tokens that may follow, from the sequence's own text."""
+        if self.lookup is None:
+            self.lookup = PromptLookup()
+        return self.lookup.propose(self.tokens, most)
+
     def finish_reason(self) -> FinishReason | None:
         """Why no further token may be chosen, judged by the tokens alone; None where one may.
 

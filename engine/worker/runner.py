@@ -101,9 +101,10 @@ class Runner:
             seq_lens.append(end)
             slots.append(seq.slot)
             if item.samples:
-                first = len(token_ids) - item.num_rows
-                logits_rows += range(first, len(token_ids))
-                sampled += [(seq, item.draft[:ahead]) for ahead in range(item.num_rows)]
+                draft, first = item.draft, len(token_ids) - item.num_rows
+                for ahead in range(len(draft) + 1):
+                    logits_rows.append(first + ahead)
+                    sampled.append((seq, draft[:ahead]))
 
         num_tokens, num_seqs, num_rows = len(token_ids), len(slots), len(logits_rows)
         self._token_ids[:num_tokens] = token_ids

@@ -29,11 +29,10 @@ float quantize(const float* x, int head_dim, const At& at) {
     for (int d = 0; d < head_dim; d += kLanes)
         top = max(top, abs(load(x + d)));
     const float amax = reduce_max(top);
-    // Zeros, or values so small that the quotient overflows, become zeros.
-    const float quotient = 127.0f / amax, inverse = quotient < HUGE_VALF ? quotient : 0.0f;
+    const F32 levels = set1(levels_per_unit(amax));
     for (int d = 0; d < head_dim; d += kLanes) {
         int8_t quants[kLanes];
-        store_i8(quants, round_i32(load(x + d) * set1(inverse)));
+        store_i8(quants, round_i32(load(x + d) * levels));
         for (int i = 0; i < kLanes; ++i)
             *at(d + i) = quants[i];
     }

@@ -10,9 +10,8 @@ namespace seraph {
 void quantize_group(const float* x, int k, const QuantRows& to, int row, int group) {
     const F32 a = load(x), b = load(x + kLanes);
     const float amax = reduce_max(max(abs(a), abs(b)));
-    // A group of zeros, or of values so small that the quotient overflows, becomes zeros.
-    const float quotient = 127.0f / amax, inverse = quotient < HUGE_VALF ? quotient : 0.0f;
-    const I32 qa = round_i32(a * set1(inverse)), qb = round_i32(b * set1(inverse));
+    const F32 levels = set1(levels_per_unit(amax));
+    const I32 qa = round_i32(a * levels), qb = round_i32(b * levels);
     int8_t* q = to.q + static_cast<int64_t>(row) * k + group * kGroup;
     store_i8(q, qa);
     store_i8(q + kLanes, qb);

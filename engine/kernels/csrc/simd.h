@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #define SERAPH_INLINE inline __attribute__((always_inline))
 #define SERAPH_INLINE_LAMBDA __attribute__((always_inline))
@@ -63,6 +64,13 @@ SERAPH_INLINE F32 exp(F32 x) {
     const F32 y = fma(p, r * r, r) + set1(1.0f);
     const F32 scale = as_f32(shift_left<23>(n + set1_i32(127)));
     return select(underflow, zero_f32(), y * scale);
+}
+
+// Levels of an 8-bit quant to a unit, for values up to `amax` in size. Zeros, or values so small that the quotient
+// overflows, become zeros.
+SERAPH_INLINE float levels_per_unit(float amax) {
+    const float quotient = 127.0f / amax;
+    return quotient < std::numeric_limits<float>::infinity() ? quotient : 0.0f;
 }
 
 SERAPH_INLINE float exp1(float x) {
