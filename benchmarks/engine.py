@@ -20,9 +20,9 @@ from rich.table import Table
 
 from benchmarks.machine import Limits, cpu_name, measure_limits, parse_options, write_json
 from benchmarks.models import add_model_options, described, load
+from benchmarks.phases import Phases
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.kernels.native import NativeProgram
 from engine.request import Request, SamplingParams
 from engine.weights import PackedModel
 
@@ -31,9 +31,6 @@ DECODE_PROMPT = 32  # tokens each stream starts from
 DECODE_STEPS = 64
 PREFILL = (128, 512, 2048)  # tokens of one prompt
 SEED = 20240607
-
-
-PROJECTIONS = {"qkv": "qkv", "out": "o", "gate_up": "gate_up", "down": "down", "head": "head"}  # phase: tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +62,7 @@ class Load:
             threads=threads,
         )
         self.core = EngineCore(config, model)
-        assert isinstance(self.core.program, NativeProgram)  # what parse_options promises
-        self.program = self.core.program
+        self.phases = Phases(self.core, model)
         self.model = model.name
         self.title = f"{described(model)}, {kv_cache_dtype} keys and values"
         self.rng = np.random.default_rng(SEED)
@@ -78,14 +74,6 @@ class Load:
         # Of a prompt every token goes through the layers, but only the last one through the head.
         shapes = [shape for name, shape in spec.tensor_shapes().items() if name.startswith("layers.")]
         self.operations_per_token = 2 * sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
-        # Of each kind of projection, over all layers: bytes read a step, operations a row.
-        self.projections: dict[str, tuple[int, int]] = {}
-        tensors = {name: (t.data.nbytes, t.format) for name, t in model.weights.items()}
-        tensors.setdefault("head", tensors["embed"])
-        for phase, tensor in PROJECTIONS.items():
-            own = [v for name, v in tensors.items() if name.split(".")[-1] == tensor]
-            operations = sum(2 * fmt.n * fmt.k for _, fmt in own if fmt is not None)
-            self.projections[phase] = sum(nbytes for nbytes, _ in own), operations
         self.count = 0
 
     def add(self, length: int, max_tokens: int) -> None:
@@ -103,25 +91,14 @@ class Load:
     def run(self, num_steps: int | None = None) -> tuple[float, float, int]:
         """Step so often, or until all is done: seconds, seconds of them inside the kernels, steps.
 
-        The program's profile is of these steps.
+        The phases are those of these steps.
         """
-        self.program.profile(True)
+        self.phases.start()
         before, start = self.core.stats(), time.perf_counter()
         while self.core.has_work and (num_steps is None or self.core.stats().num_steps - before.num_steps < num_steps):
             self.core.step()
         seconds, after = time.perf_counter() - start, self.core.stats()
         return seconds, after.step_seconds - before.step_seconds, after.num_steps - before.num_steps
-
-    def phases(self, steps: int, rows: int, head_rows: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Of the last `run`: ms of each kind of phase, a step where there is more than one to tell apart; the
-        projections' shares of their limits with so many rows in each of `steps` steps."""
-        seconds = {name: value for name, value in self.program.phase_seconds().items() if value > 0}
-        shares = {}
-        for phase, (nbytes, operations) in self.projections.items():
-            by_read = steps * nbytes / (self.read_limit * 1e9)
-            by_rate = steps * operations * (head_rows if phase == "head" else rows) / (self.int8_limit * 1e12)
-            shares[phase] = max(by_read, by_rate) / seconds[phase]
-        return seconds, shares
 
     def decode(self, num_streams: int) -> Measurement:
         """All streams with their prompts behind them, so many steps of one token each."""
@@ -132,7 +109,8 @@ class Load:
         # A few more, until the last admitted stream decodes with the others.
         self.run(4)
         seconds, inside, steps = self.run(DECODE_STEPS)
-        phases, shares = self.phases(steps, num_streams, num_streams)
+        phases = self.phases.seconds()
+        shares = self.phases.shares(steps, num_streams, num_streams, self.read_limit, self.int8_limit)
         self.run()
         used = self.weight_bytes * steps / seconds / 1e9
         return Measurement(
@@ -151,7 +129,8 @@ class Load:
         """One prompt, from nothing to its first token."""
         self.add(length, max_tokens=1)
         seconds, inside, steps = self.run()
-        phases, shares = self.phases(steps, -(-length // steps), 1)
+        phases = self.phases.seconds()
+        shares = self.phases.shares(steps, -(-length // steps), 1, self.read_limit, self.int8_limit)
         used = self.operations_per_token * length / seconds / 1e12
         return Measurement(
             load="prefill",

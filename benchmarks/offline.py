@@ -3,7 +3,9 @@
 For harnesses that start it beside other systems: the process measures what it was asked for and ends. Decode counts
 the steps in which all streams decode; prefill is one prompt from nothing to its first token. The best kernels have to
 read every weight once a step, and the keys and values of every stream: `share` is what decoding reached of the read
-bandwidth, measured just before and just after it.
+bandwidth, measured just before and just after it. `ms.<phase>` is the time of a step (of all steps of a prompt) in
+each kind of phase of the kernels, `ms.outside` what is left, and `limit.<phase>` what projections use of the larger of
+their two limits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 
 from benchmarks.machine import BYTES, native_build, parse_options
 from benchmarks.models import add_model_options, load
+from benchmarks.phases import Phases
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.core import EngineCore
 from engine.request import Request, SamplingParams
@@ -47,6 +50,7 @@ class Bench:
         )
         self.model = model
         self.module, self.threads = native_build(isa), threads
+        self.phases = Phases(self.core, model)
         self.rng = np.random.default_rng(SEED)
         self.count = 0
 
@@ -70,6 +74,10 @@ class Bench:
         """GB/s of sequential reads at the moment."""
         return statistics.median(float(self.module.read_bandwidth(BYTES, self.threads)) for _ in range(3))
 
+    def int8_rate(self) -> float:
+        """Tops/s of int8 dot products at the moment."""
+        return float(self.module.int8_rate(self.threads))
+
     def bytes_per_step(self, streams: int, context: float) -> float:
         """Weights, and keys and values of all streams at a mean `context`."""
         spec = self.core.info.spec
@@ -91,25 +99,41 @@ class Bench:
         while len(seen) < streams:
             seen.update(delta.request_id for delta in self.core.step() if delta.token_ids)
         start = self.core.stats()
+        self.phases.start()
         clock = time.perf_counter()
         while self.core.stats().num_running == streams and self.core.has_work:
             self.core.step()
         seconds = time.perf_counter() - clock
         end = self.core.stats()
+        steps, phases = end.num_steps - start.num_steps, self.phases.seconds()
+        gbs, tops = statistics.fmean((before, self.bandwidth())), self.int8_rate()
+        limits = self.phases.shares(steps, streams, streams, gbs, tops)
         self.finish()
         rate = (end.num_output_tokens - start.num_output_tokens) / seconds
-        gbs = statistics.fmean((before, self.bandwidth()))
         needed = self.bytes_per_step(streams, prompt + tokens / 2) / 1e9
-        return {"tokens_per_second": rate, "read_gbs": gbs, "share": rate / streams * needed / gbs}
+        figures = {"tokens_per_second": rate, "read_gbs": gbs, "share": rate / streams * needed / gbs}
+        return figures | breakdown(phases, limits, seconds, steps)
 
     def prefill(self, length: int) -> dict[str, float]:
         """One prompt, the second of its kind."""
         for _ in range(2):
             self.add(length, 1)
+            before = self.core.stats().num_steps
+            self.phases.start()
             clock = time.perf_counter()
             self.finish()
             seconds = time.perf_counter() - clock
-        return {"tokens_per_second": length / seconds, "int8_tops": float(self.module.int8_rate(self.threads))}
+        steps, phases = self.core.stats().num_steps - before, self.phases.seconds()
+        tops = self.int8_rate()
+        limits = self.phases.shares(steps, -(-length // steps), 1, self.bandwidth(), tops)
+        return {"tokens_per_second": length / seconds, "int8_tops": tops} | breakdown(phases, limits, seconds, 1)
+
+
+def breakdown(phases: dict[str, float], limits: dict[str, float], seconds: float, steps: int) -> dict[str, float]:
+    """Milliseconds of one of `steps` steps that took `seconds` in all, by phase; the projections' shares."""
+    figures = {f"ms.{name}": value / steps * 1e3 for name, value in phases.items()}
+    figures["ms.outside"] = (seconds - sum(phases.values())) / steps * 1e3
+    return figures | {f"limit.{name}": share for name, share in limits.items()}
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ class ReferenceProgram:
             rows = slice(batch.query_starts[r], batch.query_starts[r + 1])
             limits = batch.positions[rows] + 1 if batch.causal else np.full(rows.stop - rows.start, seq_len)
             context = kv[batch.block_tables[0, r, : -(-seq_len // BLOCK_SIZE)]]
-            attended[rows] = attend(queries[rows], context, limits)
+            attended[rows] = attend(queries[rows], context, limits, quantized=self._kv_dtype == "int8")
         return attended.reshape(-1, spec.q_size)
 
     def _stored(self, vectors: Float32) -> Float32:
@@ -271,13 +271,20 @@ def quantize_activations(x: Float32) -> tuple[Float32, Float32, Float32]:
     return quants, scales, quants.sum(axis=-1)
 
 
-def quantize_vectors(x: Float32) -> tuple[Float32, Float32]:
-    """Round vectors [..., n] to 8 bits with one scale each: quants, integers in float32 [..., n], and scales [...]."""
+def quantize_vectors(x: Float32, bits: int = 8) -> tuple[Float32, Float32]:
+    """Round vectors [..., n] to `bits` with one scale each: quants, integers in float32 [..., n], and scales [...]."""
+    most = np.float32(2 ** (bits - 1) - 1)
     amax = np.abs(x).max(axis=-1)
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(127) / amax
+        inverse = most / amax
     inverse[np.isinf(inverse)] = 0
-    return np.clip(np.rint(x * inverse[..., None]), -127, 127), amax / np.float32(127)
+    return np.clip(np.rint(x * inverse[..., None]), -most, most), amax / most
+
+
+def integer_product(a: Float32, b: Float32) -> Float32:
+    """a [..., m, k] @ b [..., k, n] of integers, each sum exact and then rounded to float32."""
+    product: Float32 = np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(np.float32)
+    return product
 
 
 def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
@@ -310,12 +317,12 @@ def rotate(heads: Float32, cos: Float32, sin: Float32) -> Float32:
     return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
 
 
-def attend(queries: Float32, context: Float32, limits: NDArray[np.integer]) -> Float32:
+def attend(queries: Float32, context: Float32, limits: NDArray[np.integer], *, quantized: bool = False) -> Float32:
     """Softmax attention of one request's rows; queries [rows, heads, head_dim], and so is the result.
 
     `context` [block, 2, KV head, slot, lanes and their factor] are its keys and values; row i sees positions 0 to
-    limits[i] - 1, and `limits` never falls. Each segment of 512 positions has a softmax of its own, the segments are
-    folded in order.
+    limits[i] - 1, and `limits` never falls. Beside lanes that are 8-bit integers, `quantized`, queries and weights
+    become 16-bit integers. Each segment of 512 positions has a softmax of its own, the segments are folded in order.
     """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = context.shape[2]
@@ -326,7 +333,7 @@ def attend(queries: Float32, context: Float32, limits: NDArray[np.integer]) -> F
         row = int(np.searchsorted(limits, first, side="right"))
         segment = Softmax.empty(grouped[row:])
         for block in range(first // BLOCK_SIZE, min((first + SEGMENT) // BLOCK_SIZE, len(context))):
-            segment.add_block(grouped[row:], context[block], limits[row:] - block * BLOCK_SIZE)
+            segment.add_block(grouped[row:], context[block], limits[row:] - block * BLOCK_SIZE, quantized)
         whole.fold(row, segment)
     out = whole.out * (np.float32(1) / sum_lanes(whole.sums))[..., None]
     return out.reshape(queries.shape)
@@ -345,7 +352,7 @@ class Softmax:
         shape = queries.shape[:-1]
         return cls(np.full(shape, -np.inf, np.float32), np.zeros((*shape, LANES), np.float32), np.zeros_like(queries))
 
-    def add_block(self, queries: Float32, block: Float32, counts: NDArray[np.integer]) -> None:
+    def add_block(self, queries: Float32, block: Float32, counts: NDArray[np.integer], quantized: bool) -> None:
         """One block of a context, of which row i sees the first counts[i] slots (none where <= 0)."""
         row = int(np.searchsorted(counts, 0, side="right"))
         if row == len(queries):
@@ -353,10 +360,13 @@ class Softmax:
         queries, counts = queries[row:], counts[row:]
         top, sums, out = self.top[row:], self.sums[row:], self.out[row:]
         keys, values = block[:, None, :, None]  # [1, KV head, 1, slot, lane]
-        scores = np.zeros((*top.shape, BLOCK_SIZE), np.float32)
-        for lane in range(queries.shape[-1]):
-            scores = fma(queries[..., lane, None], keys[..., lane], scores)
-        scores = scores * keys[..., -1]
+        if quantized:
+            quants, scales = quantize_vectors(queries, bits=16)
+            scores = integer_product(quants, block[0, ..., :-1].swapaxes(-1, -2)) * keys[..., -1] * scales[..., None]
+        else:
+            scores = np.zeros((*top.shape, BLOCK_SIZE), np.float32)
+            for lane in range(queries.shape[-1]):
+                scores = fma(queries[..., lane, None], keys[..., lane], scores)
         seen = (np.arange(BLOCK_SIZE) < counts[:, None])[:, None, None]
         scores = np.where(seen, scores, np.float32(-np.inf))
 
@@ -367,7 +377,10 @@ class Softmax:
         top[...] = higher
         weights = exp(scores - higher[..., None])  # 0 where not seen
         sums += weights[..., :LANES] + weights[..., LANES:]
-        weights = weights * values[..., -1]
+        if quantized:
+            quants, scales = quantize_vectors(weights * values[..., -1], bits=16)
+            out[...] = fma(integer_product(quants, block[1, ..., :-1]), scales[..., None], out)
+            return
         for slot in range(BLOCK_SIZE):
             seeing = int(np.searchsorted(counts, slot, side="right"))
             out[seeing:] = fma(weights[seeing:, ..., slot, None], values[..., slot, :-1], out[seeing:])

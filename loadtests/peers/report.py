@@ -25,6 +25,47 @@ LOADS: Mapping[str, str] = {
 }
 """Tasks other than serving and those at a context, as the page calls them."""
 
+PHASES: Mapping[str, str] = {
+    "prepare": "plan of the step",
+    "embed": "embedding",
+    "attn_norm": "norm before attention",
+    "qkv": "queries, keys, values",
+    "rope": "rotary positions, cache writes",
+    "attend": "attention",
+    "merge": "attention, merged and quantized",
+    "out": "attention's output",
+    "ffn_norm": "norm before the gate",
+    "gate_up": "gate and up",
+    "down": "down",
+    "final": "last norm",
+    "head": "head, with greedy choice",
+    "sample": "sampling",
+    "outside": "outside the kernels (Python)",
+}
+"""The phases of a step as the page calls them."""
+
+BOUNDS = """
+A projection of one row is bound by reading its weights, one of many by issuing multiplications. On a core of Zen 4,
+with AVX-512, a group of 32 inputs and 32 outputs takes 16 dot products, and beside them two multiplications and two
+multiply-adds for its scales, two more for its minima, all on the same ports: of its dot product rate a projection in
+these formats can reach 80 % at most, with minima 73 %. Shares above that are of one row.
+"""
+
+TRIED: Sequence[tuple[str, str]] = (
+    (
+        "fetching the next strip of weights while several passes go over one",
+        "kept: 32 rows from memory at 58 instead of 50 % of the rate (8-bit weights), 61 instead of 56 % (4-bit)",
+    ),
+    ("16-bit dot products for 8-bit keys and values", "kept: attention takes 27 % less time in a prefill of 512"),
+    ("choosing greedily with the tiles of the head", "kept: logits, 6 MB at 32 rows, are neither written nor read"),
+    ("SiLU and rounding of several rows side by side", "kept: gate and up take 6 % less time in a prefill of 512"),
+    ("weights in huge pages", "kept where they are small beside the memory"),
+    ("fetching ahead in every pass over 8-bit weights", "dropped: 3 to 8 points less of the rate"),
+    ("unpacking a 4-bit tile once for 64 rows", "dropped: no faster, unpacking uses ports that are free"),
+    ("fetching ahead with one row", "dropped: the hardware does better alone"),
+)
+"""What was tried to come closer to the limits, and what that brought when it was tried."""
+
 Draw = Callable[[Results, Path], None]
 
 INTRODUCTION = """\
@@ -165,6 +206,7 @@ def render(results: Results, plots: str) -> str:
         *([_serving(results), plot("throughput.svg"), plot("latency.svg")] if _has(results, "serve") else []),
         *([_loads(results), plot("loads.svg")] if _has(results, *LOADS) else []),
         *([_contexts(results), plot("context.svg")] if _has(results, *map(context_name, contexts(results))) else []),
+        _breakdown(results),
         _settings(results),
         _failures(results),
         _again(results),
@@ -287,6 +329,45 @@ def _by_task(results: Results, tasks: Mapping[str, str], extra: Iterable[Sequenc
         "Seraph over HTTP, which its ratio is of.\n"
     )
     return table(("", *tasks.values()), [*rows, *extra]) + note
+
+
+def _breakdown(results: Results) -> str:
+    """Where our milliseconds go in each single load that a bar is about."""
+    found = {task: _phases(results, task) for task in (*LOADS, *map(context_name, contexts(results)[-1:]))}
+    found = {task: phases for task, phases in found.items() if phases}
+    if not found:
+        return ""
+    names = dict.fromkeys(name for phases in found.values() for name in phases)
+    rows = []
+    for name in names:
+        cells = []
+        for task, phases in found.items():
+            total = sum(phases.values())
+            ms = phases.get(name, 0.0)
+            limit = summary.middle(summary.values(results, OURS, task, f"limit.{name}"))
+            share = f"{ms / total:.0%}" + (f"; {limit.median:.0%} of the limit" if limit else "")
+            cells.append(f"{number(ms)} ({share})" if ms else "-")
+        rows.append((PHASES.get(name, name), *cells))
+    rows.append(("all", *(number(sum(phases.values())) for phases in found.values())))
+    titles = {**LOADS, **{context_name(n): f"decode at {n:,} tokens" for n in contexts(results)}}
+    return (
+        "## Where Seraph's milliseconds go\n\n"
+        "Of a step, or of all steps of the prompt; medians. A projection can go no faster than its weights can be\n"
+        "read, or its dot products issued. What it uses of the larger of these two times, both measured beside each\n"
+        "run, is its share of the limit.\n\n"
+        + table(("", *(titles[task] for task in found)), rows)
+        + BOUNDS
+        + "\n"
+        + table(("tried", "what it brought"), TRIED)
+    )
+
+
+def _phases(results: Results, task: str) -> dict[str, float]:
+    """Median ms of each kind of phase, in the order of a step."""
+    measured = (one for one in results.measurements if (one.system, one.task) == (OURS, task))
+    names = dict.fromkeys(name for one in measured for name in one.figures if name.startswith("ms."))
+    medians = {name: summary.middle(summary.values(results, OURS, task, name)) for name in names}
+    return {name.removeprefix("ms."): found.median for name, found in medians.items() if found}
 
 
 def _settings(results: Results) -> str:

@@ -22,54 +22,74 @@ auto* scales_of(Byte* side, int head_dim) {
     return reinterpret_cast<Scale*>(side + head_dim * kBlock);
 }
 
+constexpr float kMost8 = 127.0f, kMost16 = 32767.0f; // levels of quants to either side of zero
+
+float largest_size(const float* x, int n) {
+    F32 top = zero_f32();
+    for (int i = 0; i < n; i += kLanes)
+        top = max(top, abs(load(x + i)));
+    return reduce_max(top);
+}
+
 // Quants x / scale of one vector, float32 [head_dim], put where at(d) says; returns the scale.
 template <class At>
 float quantize(const float* x, int head_dim, const At& at) {
-    F32 top = zero_f32();
-    for (int d = 0; d < head_dim; d += kLanes)
-        top = max(top, abs(load(x + d)));
-    const float amax = reduce_max(top);
-    const F32 levels = set1(levels_per_unit(amax));
+    const float amax = largest_size(x, head_dim);
+    const F32 levels = set1(levels_per_unit(amax, kMost8));
     for (int d = 0; d < head_dim; d += kLanes) {
         int8_t quants[kLanes];
         store_i8(quants, round_i32(load(x + d) * levels));
         for (int i = 0; i < kLanes; ++i)
             *at(d + i) = quants[i];
     }
-    return amax / 127.0f;
+    return amax / kMost8;
 }
 
 // scores[i * 32 + t] = query i . key t, for the 32 tokens of a block, dimension by dimension. Meanwhile the keys that
 // come next, `ahead`, are fetched: a block's few kilobytes are too short for the machine to notice that they are read
 // from front to back, so without this every block begins with waiting.
 template <int N, bool INT8>
-void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const float* const* queries, float* scores) {
+void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const Query* const* queries, float* scores) {
+    if constexpr (INT8) {
+        // Sums of 16-bit products are exact: up to 512 dimensions of 127 * 32767 fit 32 bits. Many queries go over half
+        // the tokens at a time, or their sums would not all stay in registers.
+        constexpr int kVectors = N <= 6 ? 2 : 1;
+        const float* scales = scales_of(keys, head_dim);
+        for (int first = 0; first < 2; first += kVectors) {
+            I32 dots[N][kVectors];
+#pragma GCC unroll 12
+            for (int i = 0; i < N; ++i) {
+                for (int v = 0; v < kVectors; ++v)
+                    dots[i][v] = set1_i32(0);
+            }
+#pragma GCC unroll 2
+            for (int pair = 0; pair < head_dim / 2; ++pair) {
+                I32 k[kVectors];
+                for (int v = 0; v < kVectors; ++v)
+                    k[v] = load_i8_pairs(reinterpret_cast<const int8_t*>(keys) + pair * 64 + (first + v) * 32);
+                if (first == 0)
+                    __builtin_prefetch(ahead + pair * 64);
+#pragma GCC unroll 12
+                for (int i = 0; i < N; ++i) {
+                    const I32 q = broadcast_pair(queries[i]->quants + 2 * pair);
+                    for (int v = 0; v < kVectors; ++v)
+                        dots[i][v] = dot_pairs(dots[i][v], k[v], q);
+                }
+            }
+#pragma GCC unroll 12
+            for (int i = 0; i < N; ++i) {
+                for (int v = 0; v < kVectors; ++v) {
+                    const int at = (first + v) * kLanes;
+                    store(scores + i * kBlock + at, to_f32(dots[i][v]) * load(scales + at) * set1(queries[i]->scale));
+                }
+            }
+        }
+        return;
+    }
     F32 s[N][2];
 #pragma GCC unroll 12
     for (int i = 0; i < N; ++i)
         s[i][0] = s[i][1] = zero_f32();
-    if constexpr (INT8) {
-        for (int d = 0; d < head_dim; ++d) {
-            const int8_t* row = reinterpret_cast<const int8_t*>(keys) + d * kBlock;
-            if (d % 2 == 0)
-                __builtin_prefetch(ahead + d * kBlock);
-            const F32 k0 = to_f32(load_i8(row)), k1 = to_f32(load_i8(row + kLanes));
-#pragma GCC unroll 12
-            for (int i = 0; i < N; ++i) {
-                const F32 q = set1(queries[i][d]);
-                s[i][0] = fma(q, k0, s[i][0]);
-                s[i][1] = fma(q, k1, s[i][1]);
-            }
-        }
-        const float* scales = scales_of(keys, head_dim);
-        const F32 scale0 = load(scales), scale1 = load(scales + kLanes);
-#pragma GCC unroll 12
-        for (int i = 0; i < N; ++i) {
-            store(scores + i * kBlock, s[i][0] * scale0);
-            store(scores + i * kBlock + kLanes, s[i][1] * scale1);
-        }
-        return;
-    }
     for (int pair = 0; pair < head_dim / 2; ++pair) {
         __builtin_prefetch(ahead + pair * 128);
         __builtin_prefetch(ahead + pair * 128 + 64);
@@ -77,7 +97,7 @@ void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const 
         const F32 even0 = bf16_even(k0), even1 = bf16_even(k1), odd0 = bf16_odd(k0), odd1 = bf16_odd(k1);
 #pragma GCC unroll 12
         for (int i = 0; i < N; ++i) {
-            const F32 q0 = set1(queries[i][2 * pair]), q1 = set1(queries[i][2 * pair + 1]);
+            const F32 q0 = set1(queries[i]->values[2 * pair]), q1 = set1(queries[i]->values[2 * pair + 1]);
             s[i][0] = fma(q1, odd0, fma(q0, even0, s[i][0]));
             s[i][1] = fma(q1, odd1, fma(q0, even1, s[i][1]));
         }
@@ -89,10 +109,9 @@ void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const 
     }
 }
 
-// out[i][d] += sum over t < counts[i] of weights[i * 32 + t] * value[t][d], for D * 16 dimensions from `d` on; the
-// weights of quants carry their scales. Tokens past a query's count are not multiplied by zero but not read: their
-// memory may hold anything.
-template <int N, int D, bool INT8>
+// out[i][d] += sum over t < counts[i] of weights[i * 32 + t] * value[t][d], for D * 16 dimensions from `d` on. Tokens
+// past a query's count are not multiplied by zero but not read: their memory may hold anything.
+template <int N, int D>
 SERAPH_INLINE void weigh_values(const uint8_t* values, const uint8_t* ahead, int head_dim, int d, const float* weights,
                                 const int* counts, int least, Softmax* const* states) {
     F32 o[N][D];
@@ -102,25 +121,11 @@ SERAPH_INLINE void weigh_values(const uint8_t* values, const uint8_t* ahead, int
         for (int c = 0; c < D; ++c)
             o[i][c] = load(states[i]->out + d + c * kLanes);
     }
-    const auto quants = [&](int token, int c) SERAPH_INLINE_LAMBDA {
-        return to_f32(load_i8(reinterpret_cast<const int8_t*>(values) + token * head_dim + d + c * kLanes));
-    };
     const auto pairs = [&](int token, int c) SERAPH_INLINE_LAMBDA {
         return load_i32(values + (token / 2 * head_dim + d + c * kLanes) * 4);
     };
     int t = 0;
-    for (; INT8 && t < least; ++t) {
-#pragma GCC unroll 4
-        for (int c = 0; c < D; ++c) {
-            const F32 v = quants(t, c);
-            if (c == 0) // D * 16 bytes: one line
-                __builtin_prefetch(ahead + t * head_dim + d);
-#pragma GCC unroll 12
-            for (int i = 0; i < N; ++i)
-                o[i][c] = fma(set1(weights[i * kBlock + t]), v, o[i][c]);
-        }
-    }
-    for (; !INT8 && t + 2 <= least; t += 2) {
+    for (; t + 2 <= least; t += 2) {
 #pragma GCC unroll 4
         for (int c = 0; c < D; ++c) {
             const I32 v = pairs(t, c);
@@ -144,13 +149,44 @@ SERAPH_INLINE void weigh_values(const uint8_t* values, const uint8_t* ahead, int
         for (int u = t; u < counts[i]; ++u) {
             for (int c = 0; c < D; ++c) {
                 float* out = states[i]->out + d + c * kLanes;
-                F32 v;
-                if constexpr (INT8)
-                    v = quants(u, c);
-                else
-                    v = u % 2 ? bf16_odd(pairs(u, c)) : bf16_even(pairs(u, c));
+                const F32 v = u % 2 ? bf16_odd(pairs(u, c)) : bf16_even(pairs(u, c));
                 store(out, fma(set1(weights[i * kBlock + u]), v, load(out)));
             }
+        }
+    }
+}
+
+// The same of 8-bit values and 16-bit weights, [N][32] and a scale each, whose sums are exact. A weight past a query's
+// count is zero, which makes any byte nothing: no pair of tokens from `most` on is read.
+template <int N, int D>
+SERAPH_INLINE void weigh_quants(const uint8_t* values, const uint8_t* ahead, int head_dim, int d,
+                                const int16_t* weights, const float* scales, int most, Softmax* const* states) {
+    I32 sums[N][D];
+#pragma GCC unroll 12
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+        for (int c = 0; c < D; ++c)
+            sums[i][c] = set1_i32(0);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < most; t += 2) {
+        const int at = (t / 2 * head_dim + d) * 2;
+#pragma GCC unroll 4
+        for (int c = 0; c < D; ++c) {
+            const I32 v = load_i8_pairs(reinterpret_cast<const int8_t*>(values) + at + c * 2 * kLanes);
+            if (c % 2 == 0) // of 32 bytes each
+                __builtin_prefetch(ahead + at + c * 2 * kLanes);
+#pragma GCC unroll 12
+            for (int i = 0; i < N; ++i)
+                sums[i][c] = dot_pairs(sums[i][c], v, broadcast_pair(weights + i * kBlock + t));
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+        for (int c = 0; c < D; ++c) {
+            float* out = states[i]->out + d + c * kLanes;
+            store(out, fma(to_f32(sums[i][c]), set1(scales[i]), load(out)));
         }
     }
 }
@@ -158,14 +194,17 @@ SERAPH_INLINE void weigh_values(const uint8_t* values, const uint8_t* ahead, int
 // One block for N queries: scores, running softmax, weighted values. The next block's are fetched on the way.
 template <int N, bool INT8>
 void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* keys_ahead, const uint8_t* values_ahead,
-                  int head_dim, const float* const* queries, const int* counts, Softmax* const* states) {
+                  int head_dim, const Query* const* queries, const int* counts, Softmax* const* states) {
     alignas(64) float weights[N * kBlock];
+    alignas(64) int16_t quants[INT8 ? N * kBlock : 1];
+    float scales[N];
     score_block<N, INT8>(keys, keys_ahead, head_dim, queries, weights);
-    int least = kBlock;
+    int least = kBlock, most = 0;
     for (int i = 0; i < N; ++i) {
         float* w = weights + i * kBlock;
         Softmax& state = *states[i];
         least = std::min(least, counts[i]);
+        most = std::max(most, counts[i]);
         F32 s0 = load(w), s1 = load(w + kLanes);
         const Mask valid0 = first_lanes(std::min(counts[i], kLanes)),
                    valid1 = first_lanes(std::max(counts[i] - kLanes, 0));
@@ -191,24 +230,39 @@ void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* key
             p1 = select(valid1, p1, zero_f32());
         }
         store(state.sum, sum + (p0 + p1));
-        if constexpr (INT8) {
-            const float* scales = scales_of(values, head_dim);
-            p0 = p0 * load(scales);
-            p1 = p1 * load(scales + kLanes);
-        }
         store(w, p0);
         store(w + kLanes, p1);
     }
-    constexpr int kDims = N <= 3 ? 4 : N <= 6 ? 2 : 1; // enough independent sums to hide the latency of one
-    int d = 0;
-    for (; d + kDims * kLanes <= head_dim; d += kDims * kLanes) {
-        weigh_values<N, kDims, INT8>(values, values_ahead, head_dim, d, weights, counts, least, states);
+    // A loop of its own, for each turn is one long chain: so those of several queries overlap.
+    for (int i = 0; INT8 && i < N; ++i) {
+        const float* value_scales = scales_of(values, head_dim);
+        F32 p0 = load(weights + i * kBlock) * load(value_scales),
+            p1 = load(weights + i * kBlock + kLanes) * load(value_scales + kLanes);
+        if (counts[i] < kBlock) { // what lies past the count may have any scale
+            p0 = select(first_lanes(std::min(counts[i], kLanes)), p0, zero_f32());
+            p1 = select(first_lanes(std::max(counts[i] - kLanes, 0)), p1, zero_f32());
+        }
+        const float amax = reduce_max(max(p0, p1));
+        const F32 levels = set1(levels_per_unit(amax, kMost16));
+        store_i16(quants + i * kBlock, round_i32(p0 * levels));
+        store_i16(quants + i * kBlock + kLanes, round_i32(p1 * levels));
+        scales[i] = amax / kMost16;
     }
+    constexpr int kDims = N <= 3 ? 4 : N <= 6 ? 2 : 1; // enough independent sums to hide the latency of one
+    const auto weigh = [&]<int D>(std::integral_constant<int, D>, int d) SERAPH_INLINE_LAMBDA {
+        if constexpr (INT8)
+            weigh_quants<N, D>(values, values_ahead, head_dim, d, quants, scales, most, states);
+        else
+            weigh_values<N, D>(values, values_ahead, head_dim, d, weights, counts, least, states);
+    };
+    int d = 0;
+    for (; d + kDims * kLanes <= head_dim; d += kDims * kLanes)
+        weigh(std::integral_constant<int, kDims>(), d);
     for (; d < head_dim; d += kLanes)
-        weigh_values<N, 1, INT8>(values, values_ahead, head_dim, d, weights, counts, least, states);
+        weigh(std::integral_constant<int, 1>(), d);
 }
 
-using AttendBlock = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, const uint8_t*, int, const float* const*,
+using AttendBlock = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, const uint8_t*, int, const Query* const*,
                              const int*, Softmax* const*);
 
 // attend_block of 1, 2, ... kMaxQueries queries.
@@ -221,22 +275,31 @@ constexpr std::array<AttendBlock, kMaxQueries> attend_blocks(std::integer_sequen
 
 void KvCache::write(int block, int layer, int head, int slot, const float* key, const float* value) const {
     uint8_t *k = keys(block, layer, head), *v = values(block, layer, head);
+    const auto key_at = [&](int d) { return (d / 2 * kBlock + slot) * 2 + d % 2; };
+    const auto value_at = [&](int d) { return (slot / 2 * head_dim + d) * 2 + slot % 2; };
     if (int8) {
-        scales_of(k, head_dim)[slot] =
-            quantize(key, head_dim, [&](int d) { return reinterpret_cast<int8_t*>(k) + d * kBlock + slot; });
-        scales_of(v, head_dim)[slot] =
-            quantize(value, head_dim, [&](int d) { return reinterpret_cast<int8_t*>(v) + slot * head_dim + d; });
+        int8_t *k8 = reinterpret_cast<int8_t*>(k), *v8 = reinterpret_cast<int8_t*>(v);
+        scales_of(k, head_dim)[slot] = quantize(key, head_dim, [&](int d) { return k8 + key_at(d); });
+        scales_of(v, head_dim)[slot] = quantize(value, head_dim, [&](int d) { return v8 + value_at(d); });
         return;
     }
     uint16_t *k16 = reinterpret_cast<uint16_t*>(k), *v16 = reinterpret_cast<uint16_t*>(v);
     for (int d = 0; d < head_dim; ++d) {
-        k16[(d / 2 * kBlock + slot) * 2 + d % 2] = to_bf16(key[d]);
-        v16[(slot / 2 * head_dim + d) * 2 + slot % 2] = to_bf16(value[d]);
+        k16[key_at(d)] = to_bf16(key[d]);
+        v16[value_at(d)] = to_bf16(value[d]);
     }
 }
 
-void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first,
-                    const float* const* queries, const int* limits, int num_queries, Softmax* states) {
+Query quantized_query(const float* x, int head_dim, int16_t* quants) {
+    const float amax = largest_size(x, head_dim);
+    const F32 levels = set1(levels_per_unit(amax, kMost16));
+    for (int d = 0; d < head_dim; d += kLanes)
+        store_i16(quants + d, round_i32(load(x + d) * levels));
+    return {x, quants, amax / kMost16};
+}
+
+void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first, const Query* queries,
+                    const int* limits, int num_queries, Softmax* states) {
     constexpr auto kCounts = std::make_integer_sequence<int, kMaxQueries>();
     static constexpr auto kBf16 = attend_blocks<false>(kCounts), kInt8 = attend_blocks<true>(kCounts);
     const auto& attend = kv.int8 ? kInt8 : kBf16;
@@ -250,14 +313,14 @@ void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, in
     last = std::min(last, first + kSegment);
     for (int position = first; position < last; position += kBlock) {
         // Queries whose sequence ends before this block drop out of it.
-        const float* q[kMaxQueries];
+        const Query* q[kMaxQueries];
         int counts[kMaxQueries], n = 0;
         Softmax* live[kMaxQueries];
         for (int i = 0; i < num_queries; ++i) {
             const int count = std::min(limits[i], last) - position;
             if (count <= 0)
                 continue;
-            q[n] = queries[i];
+            q[n] = queries + i;
             live[n] = states + i;
             counts[n++] = std::min(count, kBlock);
         }

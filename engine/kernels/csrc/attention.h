@@ -12,8 +12,8 @@ constexpr int kMaxQueries = 12; // query vectors that share one pass over the ke
 // KV memory: [block][layer][kv head][keys, then values], so that a block is one contiguous copy.
 //
 // bf16: keys are [head_dim / 2][32 tokens][2 dims], values [32 / 2][head_dim][2 tokens]: in both, one register of pairs
-// widens to two registers of floats. int8: keys are [head_dim][32 tokens], values [32 tokens][head_dim], and after
-// either lie the 32 tokens' scales, float32: a key is its quants times its scale, and so is a value.
+// widens to two registers of floats. int8: the same with bytes, of which a register of pairs widens to one of 16-bit
+// pairs; after either lie the 32 tokens' scales, float32: a key is its quants times its scale, and so is a value.
 struct KvCache {
     uint8_t* data;
     int num_layers, num_kv_heads, head_dim;
@@ -40,10 +40,21 @@ struct Softmax {
     float* out; // [head_dim]
 };
 
+// One query vector in the form that the cache's keys multiply: float32 [head_dim] beside keys of bf16, beside those of
+// int8 quants of 16 bits, [head_dim], and their scale.
+struct Query {
+    const float* values;
+    const int16_t* quants;
+    float scale;
+};
+
+// The query x, float32 [head_dim], beside keys of int8; its quants are written to `quants`.
+Query quantized_query(const float* x, int head_dim, int16_t* quants);
+
 // One segment for up to kMaxQueries query vectors that share a KV head. Query i attends positions [first, limits[i]),
 // cut to the segment that starts at `first`; limits[i] <= first leaves it untouched. States are started here.
-void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first,
-                    const float* const* queries, const int* limits, int num_queries, Softmax* states);
+void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first, const Query* queries,
+                    const int* limits, int num_queries, Softmax* states);
 
 // Folds segment state `from` into `into` (empty when into.max is -inf). Folding in order of position gives the same
 // bits wherever it is done.

@@ -10,8 +10,9 @@
 namespace seraph {
 namespace {
 
-constexpr int kOwnRows = 4;     // up to here every thread quantizes a projection's input for itself
-constexpr int kRowsPerTile = 8; // of the row-wise phases
+constexpr int kOwnRows = 4;       // up to here every thread quantizes a projection's input for itself
+constexpr int kRowsPerTile = 8;   // of the row-wise phases
+constexpr int kPageFloats = 1024; // floats of a page of memory
 
 template <class T>
 void grow(std::vector<T>& v, int64_t size) {
@@ -123,8 +124,16 @@ void Decoder::prepare(const Step& step) {
     }
     for (auto& scratch : scratch_)
         grow(scratch, std::max(s.hidden, s.head_dim));
-    if (rows > 0 && !step.logits && step.sampling)
-        grow(logits_, rows * s.vocab);
+    logits_stride_ = s.vocab;
+    takes_best_.assign(static_cast<size_t>(rows), 0);
+    if (rows > 0 && !step.logits && step.sampling) {
+        for (int r = 0; r < rows; ++r)
+            takes_best_[r] = takes_best(*step.sampling, r);
+        // Not a multiple of a page apart, where a strip of many rows would share a few lines of the caches.
+        logits_stride_ = ceil_div(s.vocab, kPageFloats) * static_cast<int64_t>(kPageFloats) + kPageFloats / 16;
+        grow(logits_, rows * logits_stride_);
+        grow(bests_, rows * weights_.head.num_strips());
+    }
     for (int r = 0; r < step.num_requests; ++r) {
         std::fill(request_of_.begin() + step.query_starts[r], request_of_.begin() + step.query_starts[r + 1], r);
     }
@@ -278,52 +287,60 @@ void Decoder::project(int phase, int first, int last, int thread) {
     const int begin = chunk * kTileRows, count = std::min(kTileRows, num_rows - begin);
     const InputRows x = input_of(phase, thread);
     alignas(64) float out[kMaxRows * kStrip];
-    const int passes = ceil_div(count, kMaxRows);
-    for (int pass = 0; pass < passes; ++pass) {
-        const int row = begin + count * pass / passes, rows = begin + count * (pass + 1) / passes - row;
-        project_strip(w, strip, first_half, last_half, x, row, rows, out);
-        for (int r = 0; r < rows; ++r) {
-            epilogue(op, layer, w, row + r, strip * kStrip, first_half * 32, last_half * 32, out + r * kStrip);
-        }
-    }
+    project_tile(w, strip, first_half, last_half, x, begin, count, chunk == chunks - 1, out, [&](int row, int rows) {
+        epilogue(op, layer, w, row, rows, strip * kStrip, first_half * 32, last_half * 32, out);
+    });
 }
 
-// Columns [from, to) of a strip whose first column is `column`; y float32 [64].
-void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int column, int from, int to, const float* y) {
+// Columns [from, to) of a strip whose first column is `column`, for `rows` rows from `row` on; y float32 [rows, 64].
+void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to,
+                       const float* y) {
     const int end = std::min(to, w.n - column);
     switch (op) {
     case Op::kQkv:
-        std::copy(y + from, y + std::max(from, end), qkv_.data() + static_cast<int64_t>(row) * w.n + column + from);
-        break;
+        for (int r = row; r < row + rows; ++r, y += kStrip)
+            std::copy(y + from, y + std::max(from, end), qkv_.data() + static_cast<int64_t>(r) * w.n + column + from);
+        return;
     case Op::kOut:
-    case Op::kDown: {
-        float* x = x_.data() + static_cast<int64_t>(row) * w.n + column;
-        for (int c = from; c < end; ++c)
-            x[c] += y[c];
-        break;
-    }
+    case Op::kDown:
+        for (int r = row; r < row + rows; ++r, y += kStrip) {
+            float* x = x_.data() + static_cast<int64_t>(r) * w.n + column;
+            for (int c = from; c < end; ++c)
+                x[c] += y[c];
+        }
+        return;
     case Op::kGateUp: {
         // A strip is 32 gates and their 32 ups: what it makes is one group of the next projection's input.
         static_assert(kStrip / 2 == kGroup);
         const int k = shape_.intermediate;
         const bool quantized = weights_.layers[layer].down.quantized();
-        float group[kGroup];
-        float* gated = quantized ? group : gated_.values.data() + static_cast<int64_t>(row) * k + column / 2;
-        for (int c = 0; c < kGroup; c += kLanes) {
-            const F32 gate = load(y + c), one = set1(1.0f);
-            store(gated + c, gate / (one + exp(zero_f32() - gate)) * load(y + kGroup + c));
+        float groups[kMaxRows * kGroup];
+        float* gated = quantized ? groups : gated_.values.data() + static_cast<int64_t>(row) * k + column / 2;
+        const int stride = quantized ? kGroup : k;
+        for (int r = 0; r < rows; ++r, y += kStrip) {
+            for (int c = 0; c < kGroup; c += kLanes) {
+                const F32 gate = load(y + c), one = set1(1.0f);
+                store(gated + r * stride + c, gate / (one + exp(zero_f32() - gate)) * load(y + kGroup + c));
+            }
         }
-        if (quantized)
-            quantize_group(group, k, gated_.quants(), row, column / kStrip);
-        break;
+        // A loop of its own: a row is one long chain of operations, so those of several overlap.
+        for (int r = 0; quantized && r < rows; ++r)
+            quantize_group(groups + r * kGroup, k, gated_.quants(), row + r, column / kStrip);
+        return;
     }
-    case Op::kHead: {
-        float* logits = step_.logits ? step_.logits : logits_.data();
-        std::copy(y + from, y + std::max(from, end), logits + static_cast<int64_t>(row) * w.n + column + from);
-        break;
-    }
+    case Op::kHead:
+        for (int r = row; r < row + rows; ++r, y += kStrip) {
+            if (takes_best_[r]) {
+                Best& best = bests_[static_cast<size_t>(r) * w.num_strips() + column / kStrip] = best_of(y, end);
+                best.token += column;
+            } else {
+                float* logits = step_.logits ? step_.logits : logits_.data();
+                std::copy(y, y + end, logits + r * logits_stride_ + column);
+            }
+        }
+        return;
     default:
-        break;
+        return;
     }
 }
 
@@ -383,9 +400,19 @@ void Decoder::final_row(int row, int thread) {
 }
 
 void Decoder::sample(int row, int thread) {
+    if (takes_best_[row]) {
+        const int strips = weights_.head.num_strips();
+        const Best* of_strips = bests_.data() + static_cast<int64_t>(row) * strips;
+        Best best;
+        for (int i = 0; i < strips; ++i) {
+            if (of_strips[i].logit > best.logit)
+                best = of_strips[i];
+        }
+        step_.chosen[row] = best.token;
+        return;
+    }
     const float* logits = step_.logits ? step_.logits : logits_.data();
-    step_.chosen[row] = sample_row(*step_.sampling, row, logits + static_cast<int64_t>(row) * shape_.vocab,
-                                   shape_.vocab, sampler_[thread]);
+    step_.chosen[row] = sample_row(*step_.sampling, row, logits + row * logits_stride_, shape_.vocab, sampler_[thread]);
 }
 
 } // namespace seraph

@@ -10,7 +10,7 @@ namespace seraph {
 void quantize_group(const float* x, int k, const QuantRows& to, int row, int group) {
     const F32 a = load(x), b = load(x + kLanes);
     const float amax = reduce_max(max(abs(a), abs(b)));
-    const F32 levels = set1(levels_per_unit(amax));
+    const F32 levels = set1(levels_per_unit(amax, 127.0f));
     const I32 qa = round_i32(a * levels), qb = round_i32(b * levels);
     int8_t* q = to.q + static_cast<int64_t>(row) * k + group * kGroup;
     store_i8(q, qa);
@@ -141,7 +141,7 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
 // Cells are read in the order they lie in memory, with one sequential stream per thread.
 template <int BITS, bool MIN, int R>
 void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_half, const QuantRows& x, int row,
-                float* out) {
+                float* out, Ahead ahead) {
     const int groups = w.num_groups();
     const int quant_bytes = kStrip * kGroup * BITS / 8, half_bytes = quant_bytes / 2;
     const int cell_bytes = w.cell_bytes();
@@ -174,9 +174,12 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
     }
     // The float sums wait in memory, where a load and a store per group cost less than the registers they would take.
     for (int g = 0; g < groups; ++g) {
-        // With so much to compute for each byte the hardware fetches too little ahead (8 rows of 4-bit weights took a
-        // quarter longer from memory); with less it does better alone.
-        if constexpr (BITS == 4 && R > 4) {
+        if (ahead.from) {
+            for (int line = 0; line < ahead.step; line += 64)
+                __builtin_prefetch(ahead.from + static_cast<int64_t>(g) * ahead.step + line, 0, 2);
+        } else if constexpr (BITS == 4 && R > 4) {
+            // With so much to compute for each byte the hardware fetches too little ahead (8 rows of 4-bit weights took
+            // a quarter longer from memory); with less it does better alone.
             for (int line = 0; line < cell_bytes; line += 64)
                 __builtin_prefetch(strip + static_cast<int64_t>(g + 2) * cell_bytes + line);
         }
@@ -194,40 +197,48 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
 
 template <int BITS, bool MIN>
 void dispatch_rows(const Matrix& w, const uint8_t* strip, int first, int last, const QuantRows& x, int row, int rows,
-                   float* out) {
+                   float* out, Ahead ahead) {
     switch (rows) {
     case 1:
-        return strip_rows<BITS, MIN, 1>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 1>(w, strip, first, last, x, row, out, ahead);
     case 2:
-        return strip_rows<BITS, MIN, 2>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 2>(w, strip, first, last, x, row, out, ahead);
     case 3:
-        return strip_rows<BITS, MIN, 3>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 3>(w, strip, first, last, x, row, out, ahead);
     case 4:
-        return strip_rows<BITS, MIN, 4>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 4>(w, strip, first, last, x, row, out, ahead);
     case 5:
-        return strip_rows<BITS, MIN, 5>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 5>(w, strip, first, last, x, row, out, ahead);
     case 6:
-        return strip_rows<BITS, MIN, 6>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 6>(w, strip, first, last, x, row, out, ahead);
     case 7:
-        return strip_rows<BITS, MIN, 7>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 7>(w, strip, first, last, x, row, out, ahead);
     default:
-        return strip_rows<BITS, MIN, 8>(w, strip, first, last, x, row, out);
+        return strip_rows<BITS, MIN, 8>(w, strip, first, last, x, row, out, ahead);
     }
 }
 
 } // namespace
 
+Ahead ahead_of(const Matrix& w, int strip, int pass, int passes) {
+    if (pass == 0)
+        return {};
+    const int64_t share = w.strip_bytes() / w.num_groups() / (passes - 1);
+    const int step = static_cast<int>((share + 63) / 64 * 64);
+    return {w.data + (strip + 1) * w.strip_bytes() + static_cast<int64_t>(pass - 1) * w.num_groups() * step, step};
+}
+
 void project_strip(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int row, int rows,
-                   float* out) {
+                   float* out, Ahead ahead) {
     if (!w.quantized())
         return project_strip_bf16(w, strip, first_half, last_half, x.values, row, rows, out);
     const uint8_t* data = w.data + strip * w.strip_bytes();
     if (w.bits == 4) {
-        return w.min ? dispatch_rows<4, true>(w, data, first_half, last_half, x.quants, row, rows, out)
-                     : dispatch_rows<4, false>(w, data, first_half, last_half, x.quants, row, rows, out);
+        return w.min ? dispatch_rows<4, true>(w, data, first_half, last_half, x.quants, row, rows, out, ahead)
+                     : dispatch_rows<4, false>(w, data, first_half, last_half, x.quants, row, rows, out, ahead);
     }
-    return w.min ? dispatch_rows<8, true>(w, data, first_half, last_half, x.quants, row, rows, out)
-                 : dispatch_rows<8, false>(w, data, first_half, last_half, x.quants, row, rows, out);
+    return w.min ? dispatch_rows<8, true>(w, data, first_half, last_half, x.quants, row, rows, out, ahead)
+                 : dispatch_rows<8, false>(w, data, first_half, last_half, x.quants, row, rows, out, ahead);
 }
 
 void dequantize_row(const Matrix& w, int n, float* out) {

@@ -45,14 +45,39 @@ void quantize_group(const float* x, int k, const QuantRows& to, int row, int gro
 // One row x float32 [k] into row `row` of `to`.
 void quantize_row(const float* x, int k, const QuantRows& to, int row);
 
+// What a pass over a strip fetches into the second-level cache besides: `step` bytes a group, none where `from` is
+// null.
+struct Ahead {
+    const uint8_t* from = nullptr;
+    int step = 0;
+};
+
+// Several passes, of a few rows each, go over a strip before the next one. The first finds it in memory, the others in
+// cache: they are the time in which the next strip can come. This is the share of pass number `pass`.
+Ahead ahead_of(const Matrix& w, int strip, int pass, int passes);
+
 // out[r * 64 + c] = row r times output c of a strip, for `rows` <= kMaxRows rows from `row` on. Only the 32-output
 // halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups in order (and that
 // of bfloat16 over each group's inputs in order), whatever `rows` is: that is what makes a row's result independent of
 // its batch.
 void project_strip(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int row, int rows,
-                   float* out);
+                   float* out, Ahead ahead = {});
 void project_strip_bf16(const Matrix& w, int strip, int first_half, int last_half, const float* x, int row, int rows,
                         float* out); // where project_strip goes with bfloat16
+
+// A tile: up to kTileRows rows from `begin` on in passes, and then(row, rows), which finds their sums in `out`, after
+// each. `fetch_next`: the thread's next tile is likely the next strip.
+template <class Then>
+void project_tile(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int begin, int count,
+                  bool fetch_next, float* out, const Then& then) {
+    const int passes = (count + kMaxRows - 1) / kMaxRows;
+    for (int pass = 0; pass < passes; ++pass) {
+        const int row = begin + count * pass / passes, rows = begin + count * (pass + 1) / passes - row;
+        project_strip(w, strip, first_half, last_half, x, row, rows, out,
+                      fetch_next ? ahead_of(w, strip, pass, passes) : Ahead());
+        then(row, rows);
+    }
+}
 
 // Row `n` of the matrix, dequantized, float32 [k].
 void dequantize_row(const Matrix& w, int n, float* out);

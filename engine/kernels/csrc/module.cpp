@@ -263,10 +263,9 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
         Matrix mine = w;
         mine.data += turn % copies * w.nbytes();
         alignas(64) float out[kMaxRows * kStrip];
-        const int begin = index % chunks * kTileRows, end = std::min(m, begin + kTileRows);
-        for (int row = begin; row < end; row += kMaxRows) {
-            project_strip(mine, index / chunks, 0, 2, x, row, std::min(kMaxRows, end - row), out);
-        }
+        const int chunk = index % chunks, begin = chunk * kTileRows;
+        project_tile(mine, index / chunks, 0, 2, x, begin, std::min(kTileRows, m - begin), chunk == chunks - 1, out,
+                     [](int, int) {});
     };
     const auto now = [] { return std::chrono::steady_clock::now(); };
     const auto start_time = now();

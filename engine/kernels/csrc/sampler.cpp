@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -54,34 +55,10 @@ void adjust(const Sampling& how, int r, float* logits, int vocab, std::vector<in
     }
 }
 
-// The first token with the largest finite logit, -1 without one: the largest of every run, then the first such run.
-int32_t best(const float* logits, int vocab) {
-    const F32 inf = set1(HUGE_VALF);
-    float largest = kMinusInf;
-    int at = 0;
-    for (int from = 0; from < vocab; from += kRun) {
-        const int end = std::min(from + kRun, vocab);
-        F32 top = set1(kMinusInf);
-        int i = from;
-        for (; i + kLanes <= end; i += kLanes) {
-            const F32 x = load(logits + i);
-            top = max(top, select(less(x, inf), x, top)); // NaN and +inf compare false, so they are passed over
-        }
-        float here = reduce_max(top);
-        for (; i < end; ++i) {
-            if (logits[i] < HUGE_VALF && logits[i] > here)
-                here = logits[i];
-        }
-        if (here > largest) {
-            largest = here;
-            at = from;
-        }
-    }
-    if (largest == kMinusInf)
-        return -1;
-    while (logits[at] != largest)
-        ++at;
-    return at;
+// Whether logits go through adjust(): without a history, a bias or a mask it would leave them as they are.
+bool adjusted(const Sampling& how, int r) {
+    return how.history_starts[r + 1] > how.history_starts[r] || how.bias_starts[r + 1] > how.bias_starts[r] ||
+           (how.mask_rows && how.mask_rows[r] >= 0);
 }
 
 // The tokens that may be drawn. Arrays are padded to whole vectors with tokens that may not.
@@ -334,6 +311,50 @@ class Candidates {
 
 } // namespace
 
+// The largest of every run, then the first token of the first such run.
+Best best_of(const float* logits, int vocab) {
+    const F32 inf = set1(HUGE_VALF);
+    Best best;
+    int at = 0;
+    for (int from = 0; from < vocab; from += kRun) {
+        const int end = std::min(from + kRun, vocab);
+        F32 top = set1(kMinusInf);
+        int i = from;
+        for (; i + kLanes <= end; i += kLanes) {
+            const F32 x = load(logits + i);
+            top = max(top, select(less(x, inf), x, top)); // NaN and +inf compare false, so they are passed over
+        }
+        float here = reduce_max(top);
+        for (; i < end; ++i) {
+            if (logits[i] < HUGE_VALF && logits[i] > here)
+                here = logits[i];
+        }
+        if (here > best.logit) {
+            best.logit = here;
+            at = from;
+        }
+    }
+    if (best.logit == kMinusInf)
+        return best;
+    const F32 largest = set1(best.logit);
+    for (; at + kLanes <= vocab; at += kLanes) {
+        const F32 x = load(logits + at);
+        const uint32_t found = lanes_of(less(x, inf)) & ~lanes_of(less(x, largest));
+        if (found != 0) {
+            at += std::countr_zero(found);
+            break;
+        }
+    }
+    while (logits[at] != best.logit)
+        ++at;
+    best.token = at;
+    return best;
+}
+
+bool takes_best(const Sampling& how, int r) {
+    return how.temperature[r] == 0 && !adjusted(how, r);
+}
+
 double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
     uint32_t c[4] = {position, choice, 0, 0};
     uint32_t k[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
@@ -349,16 +370,14 @@ double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
 }
 
 int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, SamplerScratch& scratch) {
-    const bool adjusted = how.history_starts[r + 1] > how.history_starts[r] ||
-                          how.bias_starts[r + 1] > how.bias_starts[r] || (how.mask_rows && how.mask_rows[r] >= 0);
-    if (adjusted) {
+    if (adjusted(how, r)) {
         scratch.logits.resize(static_cast<size_t>(vocab));
         scratch.counts.resize(static_cast<size_t>(vocab));
         std::copy_n(logits, vocab, scratch.logits.data());
         adjust(how, r, scratch.logits.data(), vocab, scratch.counts);
         logits = scratch.logits.data();
     }
-    const int32_t top = best(logits, vocab);
+    const int32_t top = best_of(logits, vocab).token;
     const float temperature = how.temperature[r];
     if (top < 0 || temperature == 0)
         return top;

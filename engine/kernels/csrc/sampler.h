@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace seraph {
@@ -30,6 +31,18 @@ struct SamplerScratch {
     std::vector<int32_t> tokens;      // those close to a limit of a selection
     std::vector<float> near_keys, near_weights;
 };
+
+// A token and its logit; a token of -1 where there is none to choose.
+struct Best {
+    float logit = -std::numeric_limits<float>::infinity();
+    int32_t token = -1;
+};
+
+// The first token with the largest finite logit.
+Best best_of(const float* logits, int vocab);
+
+// Whether row r takes the best of its raw logits, so that nothing but the best of each part of them needs to be kept.
+bool takes_best(const Sampling& how, int r);
 
 // The token of row r, whose raw logits are float32 [vocab]; -1 where every token is forbidden.
 int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, SamplerScratch& scratch);

@@ -45,6 +45,13 @@ SERAPH_INLINE I32 broadcast_quad(const int8_t* p) {
     return set1_i32(quad);
 }
 
+// Two 16-bit quants to every lane.
+SERAPH_INLINE I32 broadcast_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, 4);
+    return set1_i32(pair);
+}
+
 // e^x, within 2 ulp of the true value for x <= 88; 0 below -87.
 // Range reduction by ln 2 in two parts and a degree-6 polynomial (Cephes expf, Moshier).
 SERAPH_INLINE F32 exp(F32 x) {
@@ -66,10 +73,10 @@ SERAPH_INLINE F32 exp(F32 x) {
     return select(underflow, zero_f32(), y * scale);
 }
 
-// Levels of an 8-bit quant to a unit, for values up to `amax` in size. Zeros, or values so small that the quotient
-// overflows, become zeros.
-SERAPH_INLINE float levels_per_unit(float amax) {
-    const float quotient = 127.0f / amax;
+// Levels of a quant of at most `most` to a unit, for values up to `amax` in size. Zeros, or values so small that the
+// quotient overflows, become zeros.
+SERAPH_INLINE float levels_per_unit(float amax, float most) {
+    const float quotient = most / amax;
     return quotient < std::numeric_limits<float>::infinity() ? quotient : 0.0f;
 }
 

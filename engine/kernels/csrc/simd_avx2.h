@@ -145,10 +145,16 @@ SERAPH_INLINE void store_i8(int8_t* p, I32 a) {
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
-SERAPH_INLINE I32 load_i8(const int8_t* p) {
+SERAPH_INLINE void store_i16(int16_t* p, I32 a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
+SERAPH_INLINE I32 load_i8_pairs(const int8_t* p) {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);
-    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(q)),
-            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(q)), _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1))};
+}
+SERAPH_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+    return sum + I32{_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)};
 }
 
 template <int BITS>

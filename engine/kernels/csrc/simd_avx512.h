@@ -127,8 +127,17 @@ SERAPH_INLINE int32_t reduce_add(I32 a) {
 SERAPH_INLINE void store_i8(int8_t* p, I32 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
-SERAPH_INLINE I32 load_i8(const int8_t* p) {
-    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+// 16 int32 in [-32768, 32767] to two bytes each.
+SERAPH_INLINE void store_i16(int16_t* p, I32 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+// 32 bytes to int16, a pair in every lane.
+SERAPH_INLINE I32 load_i8_pairs(const int8_t* p) {
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// In every lane sum + the dot product of two pairs of int16.
+SERAPH_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+    return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
 }
 
 // The integer dot product of one group: lane c gathers sum(w[c][k] * a[k]) over the group's quads of inputs.

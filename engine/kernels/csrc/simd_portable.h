@@ -168,11 +168,21 @@ SERAPH_INLINE void store_i8(int8_t* p, I32 a) {
     for (int i = 0; i < kLanes; ++i)
         p[i] = static_cast<int8_t>(a.v[i]);
 }
-SERAPH_INLINE I32 load_i8(const int8_t* p) {
+SERAPH_INLINE void store_i16(int16_t* p, I32 a) {
+    for (int i = 0; i < kLanes; ++i)
+        p[i] = static_cast<int16_t>(a.v[i]);
+}
+SERAPH_INLINE I32 load_i8_pairs(const int8_t* p) {
     I32 r;
     for (int i = 0; i < kLanes; ++i)
-        r.v[i] = p[i];
+        r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(p[2 * i + 1]) << 16 |
+                                      (static_cast<uint32_t>(p[2 * i]) & 0xffffu));
     return r;
+}
+SERAPH_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+    const VecI low_a = reinterpret_cast<VecI>(reinterpret_cast<VecU>(a.v) << 16) >> 16;
+    const VecI low_b = reinterpret_cast<VecI>(reinterpret_cast<VecU>(b.v) << 16) >> 16;
+    return {sum.v + low_a * low_b + (a.v >> 16) * (b.v >> 16)};
 }
 
 template <int BITS>

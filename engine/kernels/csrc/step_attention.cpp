@@ -14,7 +14,8 @@ constexpr int kStateHead = 1 + kLanes; // floats of a stored Softmax before its 
 
 StepAttention::StepAttention(const KvCache& kv, int num_heads, int threads)
     : kv_(kv), num_heads_(num_heads), threads_(threads),
-      outputs_(static_cast<size_t>(threads), std::vector<float>(static_cast<size_t>(2 * kMaxQueries * kv.head_dim))) {}
+      outputs_(static_cast<size_t>(threads), std::vector<float>(static_cast<size_t>(2 * kMaxQueries * kv.head_dim))),
+      quants_(static_cast<size_t>(threads), std::vector<int16_t>(static_cast<size_t>(kMaxQueries * kv.head_dim))) {}
 
 // Which rows attend together and which contexts are split changes no bit of any result, only who computes it.
 void StepAttention::plan(const Step& step) {
@@ -61,13 +62,15 @@ void StepAttention::attend(int layer, int index, const float* qkv, int64_t width
     const int total = t.rows * shared_heads;
     for (int done = 0; done < total; done += kMaxQueries) { // more than once only where over 12 heads share one KV head
         const int n = std::min(kMaxQueries, total - done);
-        const float* queries[kMaxQueries];
+        Query queries[kMaxQueries];
         int limits[kMaxQueries], rows[kMaxQueries], heads[kMaxQueries];
         Softmax segment[kMaxQueries], whole[kMaxQueries];
         for (int i = 0; i < n; ++i) {
             rows[i] = t.row + (done + i) / shared_heads;
             heads[i] = t.head * shared_heads + (done + i) % shared_heads;
-            queries[i] = qkv + rows[i] * width + heads[i] * d;
+            const float* query = qkv + rows[i] * width + heads[i] * d;
+            queries[i] =
+                kv_.int8 ? quantized_query(query, d, quants_[thread].data() + i * d) : Query{query, nullptr, 1};
             limits[i] = step_->causal ? step_->positions[rows[i]] + 1 : step_->seq_lens[t.request];
             segment[i].out = outputs + i * d;
             whole[i].out = outputs + (kMaxQueries + i) * d;

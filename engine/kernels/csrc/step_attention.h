@@ -47,9 +47,10 @@ class StepAttention {
     const Step* step_ = nullptr;
     std::vector<Tile> tiles_;
     std::vector<SplitRow> split_rows_;
-    std::vector<int64_t> state_at_;           // [tokens] first state of a split row
-    std::vector<float> states_;               // of split rows: [segment][head][kStateHead + head_dim]
-    std::vector<std::vector<float>> outputs_; // [threads][2 * kMaxQueries * head_dim]
+    std::vector<int64_t> state_at_;            // [tokens] first state of a split row
+    std::vector<float> states_;                // of split rows: [segment][head][kStateHead + head_dim]
+    std::vector<std::vector<float>> outputs_;  // [threads][2 * kMaxQueries * head_dim]
+    std::vector<std::vector<int16_t>> quants_; // [threads][kMaxQueries * head_dim], queries beside keys of int8
 };
 
 } // namespace seraph

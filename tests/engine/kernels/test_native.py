@@ -328,6 +328,30 @@ def test_deferred_tokens_are_those_of_the_previous_step(isa: str, program: Progr
     np.testing.assert_array_equal(logits_of(deferred), logits_of(named))
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_a_greedy_choice_needs_no_logits(isa: str, name: str) -> None:
+    spec = SPECS[name]
+    program = make_program(spec, isa)
+    pieces = [Piece(ids(9, spec, r), 0, [r]) for r in range(4)]
+    histories = [[], [1, 2], [], []]  # the second row's logits are adjusted first
+    how = sampling(4, temperature=0.0, history=histories, penalties=(1.5, 0.0, 0.0))
+    shown = make_batch(pieces, spec, rows=[8, 17, 26, 35], sampling=how)
+    np.testing.assert_array_equal(program.step(dataclasses.replace(shown, logits=None)), program.step(shown))
+    program.close()
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_of_equal_logits_the_first_is_chosen_and_of_none_none(isa: str, value: float) -> None:
+    spec = SPECS["grouped"]
+    weights = random_weights(spec)
+    weights["final_norm"].data[:] = value
+    program = NativeProgram(spec, weights, num_blocks=4, isa=isa, threads=2)
+    batch = make_batch([Piece(ids(9, spec), 0, [0])], spec, rows=[8], sampling=greedy(1))
+    unseen = dataclasses.replace(batch, logits=None, hidden=None)
+    assert program.step(unseen).tolist() == program.step(batch).tolist() == [0 if value == 0 else -1]
+    program.close()
+
+
 def test_hidden_states_are_the_twins(isa: str, program: Program) -> None:
     spec = SPECS["grouped"]
     expected, batch = (make_batch([Piece(ids(30, spec), 0, [3])], spec, rows=[3, 29]) for _ in range(2))

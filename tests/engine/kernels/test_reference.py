@@ -186,14 +186,20 @@ def test_rms_norm_scales_to_the_weights(x: Float32) -> None:
 
 @pytest.mark.parametrize("length", [1, 31, 33, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 40])
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_is_a_softmax_over_what_a_row_sees(length: int, causal: bool) -> None:
+@pytest.mark.parametrize("quantized", [True, False])
+def test_attention_is_a_softmax_over_what_a_row_sees(length: int, causal: bool, quantized: bool) -> None:
     rng = np.random.default_rng(length)
     rows = min(length, 5)
     num_blocks = -(-length // BLOCK_SIZE)
     queries = rng.standard_normal((rows, 4, 16)).astype(np.float32)
     context = rng.standard_normal((num_blocks, 2, 2, BLOCK_SIZE, 16 + 1)).astype(np.float32)
+    if quantized:
+        context[..., :-1] = np.clip(np.rint(context[..., :-1] * 40), -127, 127)
+        context[..., -1] = rng.uniform(1 / 80, 1 / 20, context.shape[:-1])
+    else:
+        context[..., -1] = 1
     limits = np.arange(length - rows + 1, length + 1) if causal else np.full(rows, length)
-    out = attend(queries, context, limits)
+    out = attend(queries, context, limits, quantized=quantized)
 
     keys, values = (
         (context[..., :-1].astype(np.float64) * context[..., -1:]).transpose(1, 2, 0, 3, 4).reshape(2, 2, -1, 16)
@@ -203,7 +209,8 @@ def test_attention_is_a_softmax_over_what_a_row_sees(length: int, causal: bool) 
             scores = keys[head // 2, : limits[i]] @ queries[i, head]
             weights = np.exp(scores - scores.max())
             expected = weights @ values[head // 2, : limits[i]] / weights.sum()
-            np.testing.assert_allclose(out[i, head], expected, atol=1e-5)
+            # 16-bit quants: a score of size 16 is off by about 16 / 2**16 at most, and so is its weight's logarithm.
+            np.testing.assert_allclose(out[i, head], expected, atol=1e-3 if quantized else 1e-5)
 
 
 # Whole steps

@@ -59,6 +59,19 @@ def test_the_page_is_made_of_the_results_alone() -> None:
     assert all(f"](performance/{name})" in page for name in report.PLOTS)
 
 
+def test_milliseconds_are_shown_by_phase_beside_the_limit() -> None:
+    found = results()
+    for one in (m for m in found.measurements if (m.system, m.task) == (OURS, "decode-32")):
+        factor = one.figures["tokens_per_second"] / 100  # 3, 2, 4
+        phases = {"ms.qkv": 2 * factor, "ms.attend": 3.0, "ms.outside": 1.0, "limit.qkv": factor / 5}
+        object.__setattr__(one, "figures", {**one.figures, **phases})
+    page = report.render(found, "plots").splitlines()
+    assert "| queries, keys, values | 6.00 (60%; 60% of the limit) |" in page
+    assert "| attention | 3.00 (30%) |" in page
+    assert "| outside the kernels (Python) | 1.00 (10%) |" in page
+    assert "| all | 10.0 |" in page
+
+
 def test_cells_keep_their_table() -> None:
     assert report.table(("a", "b"), [("x|y", "1\n2")]) == "| a | b |\n|---|---|\n| x\\|y | 1 2 |\n"
 
