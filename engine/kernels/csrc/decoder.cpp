@@ -287,7 +287,7 @@ void Decoder::project(int phase, int first, int last, int thread) {
     const int begin = chunk * kTileRows, count = std::min(kTileRows, num_rows - begin);
     const InputRows x = input_of(phase, thread);
     alignas(64) float out[kMaxRows * kStrip];
-    project_tile(w, strip, first_half, last_half, x, begin, count, chunk == chunks - 1, out, [&](int row, int rows) {
+    project_tile(w, strip, first_half, last_half, x, begin, count, chunk, chunks, out, [&](int row, int rows) {
         epilogue(op, layer, w, row, rows, strip * kStrip, first_half * 32, last_half * 32, out);
     });
 }

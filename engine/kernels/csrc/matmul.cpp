@@ -31,6 +31,7 @@ void quantize_row(const float* x, int k, const QuantRows& to, int row) {
 namespace {
 
 constexpr int kRowBytes = kStrip / 2 * 4; // four bytes of each output of a half
+constexpr int kFetch = 8 << 10;           // bytes from what a pass reads to what it fetches meanwhile
 
 // Unrolled, sums stay in registers. A portable build has none wide enough, and unrolling its byte products takes the
 // compiler minutes.
@@ -154,6 +155,15 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
                                 q + g * kGroup, w.k, x.scale + side + g, x.scaled_sum + side + g, x.start + side + g,
                                 groups, sums);
     };
+    // The more there is to compute for each byte, the less far ahead the hardware fetches: without this, from memory, 4
+    // rows took a quarter longer and 8 rows of 8-bit weights twice as long. Only one row of those it serves better
+    // alone.
+    const uint8_t* from = ahead.from ? ahead.from : strip + kFetch;
+    const int step = ahead.from ? ahead.step : cell_bytes;
+    const auto fetch = [&](int g) SERAPH_INLINE_LAMBDA {
+        for (int line = 0; (BITS == 4 || R > 1) && line < step; line += 64)
+            __builtin_prefetch(from + static_cast<int64_t>(g) * step + line, 0, 2);
+    };
     for (int r = 0; r < R; ++r) {
         for (int c = first_half * 32; c < last_half * 32; c += kLanes)
             store(out + r * kStrip + c, zero_f32());
@@ -164,6 +174,7 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
             left.load_from(out);
             right.load_from(out);
             for (int g = 0; g < groups; ++g) {
+                fetch(g);
                 add_half(g, 0, left);
                 add_half(g, 1, right);
             }
@@ -174,15 +185,7 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
     }
     // The float sums wait in memory, where a load and a store per group cost less than the registers they would take.
     for (int g = 0; g < groups; ++g) {
-        if (ahead.from) {
-            for (int line = 0; line < ahead.step; line += 64)
-                __builtin_prefetch(ahead.from + static_cast<int64_t>(g) * ahead.step + line, 0, 2);
-        } else if constexpr (BITS == 4 && R > 4) {
-            // With so much to compute for each byte the hardware fetches too little ahead (8 rows of 4-bit weights took
-            // a quarter longer from memory); with less it does better alone.
-            for (int line = 0; line < cell_bytes; line += 64)
-                __builtin_prefetch(strip + static_cast<int64_t>(g + 2) * cell_bytes + line);
-        }
+        fetch(g);
         for (int half = first_half; half < last_half; ++half) {
             Sums<R> sums;
             sums.load_from(out + half * 32);
@@ -220,9 +223,7 @@ void dispatch_rows(const Matrix& w, const uint8_t* strip, int first, int last, c
 
 } // namespace
 
-Ahead ahead_of(const Matrix& w, int strip, int pass, int passes) {
-    if (pass == 0)
-        return {};
+Ahead next_strip(const Matrix& w, int strip, int pass, int passes) {
     const int64_t share = w.strip_bytes() / w.num_groups() / (passes - 1);
     const int step = static_cast<int>((share + 63) / 64 * 64);
     return {w.data + (strip + 1) * w.strip_bytes() + static_cast<int64_t>(pass - 1) * w.num_groups() * step, step};

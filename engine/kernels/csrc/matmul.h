@@ -45,16 +45,16 @@ void quantize_group(const float* x, int k, const QuantRows& to, int row, int gro
 // One row x float32 [k] into row `row` of `to`.
 void quantize_row(const float* x, int k, const QuantRows& to, int row);
 
-// What a pass over a strip fetches into the second-level cache besides: `step` bytes a group, none where `from` is
-// null.
+// What a pass over a strip fetches into the second-level cache: `step` bytes a group. Without `from` its own weights, a
+// little ahead of their use.
 struct Ahead {
     const uint8_t* from = nullptr;
     int step = 0;
 };
 
-// Several passes, of a few rows each, go over a strip before the next one. The first finds it in memory, the others in
-// cache: they are the time in which the next strip can come. This is the share of pass number `pass`.
-Ahead ahead_of(const Matrix& w, int strip, int pass, int passes);
+// The share of pass number `pass` of `passes` in fetching the next strip: several passes, of a few rows each, go over a
+// strip, and after the first, which finds it in memory, there is time for that.
+Ahead next_strip(const Matrix& w, int strip, int pass, int passes);
 
 // out[r * 64 + c] = row r times output c of a strip, for `rows` <= kMaxRows rows from `row` on. Only the 32-output
 // halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups in order (and that
@@ -65,16 +65,20 @@ void project_strip(const Matrix& w, int strip, int first_half, int last_half, co
 void project_strip_bf16(const Matrix& w, int strip, int first_half, int last_half, const float* x, int row, int rows,
                         float* out); // where project_strip goes with bfloat16
 
-// A tile: up to kTileRows rows from `begin` on in passes, and then(row, rows), which finds their sums in `out`, after
-// each. `fetch_next`: the thread's next tile is likely the next strip.
+// Chunk number `chunk` of `chunks` of a strip's rows, `count` rows from `begin` on, in passes; then(row, rows), which
+// finds their sums in `out`, comes after each. A thread computes the chunks of one strip one after the other.
 template <class Then>
 void project_tile(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int begin, int count,
-                  bool fetch_next, float* out, const Then& then) {
+                  int chunk, int chunks, float* out, const Then& then) {
     const int passes = (count + kMaxRows - 1) / kMaxRows;
     for (int pass = 0; pass < passes; ++pass) {
         const int row = begin + count * pass / passes, rows = begin + count * (pass + 1) / passes - row;
-        project_strip(w, strip, first_half, last_half, x, row, rows, out,
-                      fetch_next ? ahead_of(w, strip, pass, passes) : Ahead());
+        Ahead ahead;
+        if (pass > 0 && chunk == chunks - 1)
+            ahead = next_strip(w, strip, pass, passes);
+        else if (pass > 0 || chunk > 0)
+            ahead = {w.data, 0}; // what is needed is here
+        project_strip(w, strip, first_half, last_half, x, row, rows, out, ahead);
         then(row, rows);
     }
 }

@@ -264,7 +264,7 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
         mine.data += turn % copies * w.nbytes();
         alignas(64) float out[kMaxRows * kStrip];
         const int chunk = index % chunks, begin = chunk * kTileRows;
-        project_tile(mine, index / chunks, 0, 2, x, begin, std::min(kTileRows, m - begin), chunk == chunks - 1, out,
+        project_tile(mine, index / chunks, 0, 2, x, begin, std::min(kTileRows, m - begin), chunk, chunks, out,
                      [](int, int) {});
     };
     const auto now = [] { return std::chrono::steady_clock::now(); };
