@@ -17,9 +17,11 @@ UInt32 = NDArray[np.uint32]
 UInt64 = NDArray[np.uint64]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class SamplingArrays:
     """How each row that wants a token chooses it. R rows, in the order of StepBatch.logits_rows.
+
+    The arrays stay the same, what they hold may change: a program may keep what it made of them for the next step.
 
     A row's logits l, float32, go through these in order:
 

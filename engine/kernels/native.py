@@ -49,6 +49,8 @@ class NativeProgram:
         self.isa = isa
         self._module = module
         self._previous_rows = 0
+        self._sampling: SamplingArrays | None = None  # of the last step, and what was made of it
+        self._native: Any = None
         layers = [f"layers.{i}." for i in range(spec.num_layers)]
         vectors = [layer + name for layer in layers for name in ("attn_norm", "ffn_norm")] + ["final_norm"]
         matrices = ["embed"] + [layer + name for layer in layers for name in ("qkv", "o", "gate_up", "down")]
@@ -78,23 +80,36 @@ class NativeProgram:
 
     def step(self, batch: StepBatch) -> Int32:
         """See `Program.step`."""
-        check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
-        self._rope.reach(int(batch.seq_lens.max()))
-        num_rows = batch.logits_rows.size if batch.sampling is not None else 0
+        if batch.adapters is not None:  # the build knows of none
+            check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
+        lens = batch.seq_lens
+        if lens.size:
+            self._rope.reach(int(lens.max()))
+        if batch.sampling is not self._sampling:
+            self._sampling, self._native = batch.sampling, None
+        num_rows = 0 if self._sampling is None else batch.logits_rows.size
         chosen = np.empty(num_rows, np.int32)
-        self._program.step(
-            batch.token_ids,
-            batch.positions,
-            batch.query_starts,
-            batch.seq_lens,
-            batch.block_tables,
-            batch.logits_rows,
-            batch.causal,
-            None if batch.sampling is None else native_sampling(self._module, batch.sampling),
-            batch.logits,
-            batch.hidden,
-            chosen,
-        )
+        try:
+            if self._sampling is not None and self._native is None:
+                self._native = native_sampling(self._module, self._sampling)
+            computed = self._program.step(
+                batch.token_ids,
+                batch.positions,
+                batch.query_starts,
+                lens,
+                batch.block_tables,
+                batch.logits_rows,
+                batch.causal,
+                self._native,
+                batch.logits,
+                batch.hidden,
+                chosen,
+            )
+        except TypeError:  # an array of another type
+            computed = False
+        if not computed:  # the build checks what this checks, and this says what it was
+            check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
+            raise ValueError("the kernels refuse a step that passes their checks in Python")
         self._previous_rows = num_rows
         return chosen
 

@@ -340,7 +340,8 @@ class Scheduler:
 
     def _computed(self, seq: Sequence, num_computed: int) -> None:
         """Tokens up to `num_computed` now have keys and values: offer full blocks for reuse, let siblings go."""
-        self.num_prompt_tokens += max(0, min(num_computed, seq.num_prompt) - seq.num_computed)
+        if seq.num_computed < seq.num_prompt:
+            self.num_prompt_tokens += min(num_computed, seq.num_prompt) - seq.num_computed
         seq.num_computed = num_computed
         full = num_computed // BLOCK_SIZE
         if full > seq.num_registered and self.prefix.enabled:

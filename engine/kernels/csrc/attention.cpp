@@ -45,6 +45,18 @@ float quantize(const float* x, int head_dim, const At& at) {
     return amax / kMost8;
 }
 
+// A line that is read soon, into the second-level cache: the first has few places for lines that are on their way, and
+// while those are taken, what is at hand waits behind what comes from memory.
+SERAPH_INLINE void fetch(const uint8_t* line) {
+    __builtin_prefetch(line, 0, 2);
+}
+
+// The scales behind one head's keys, or values, of 8 bits, fetched.
+SERAPH_INLINE void fetch_scales(const uint8_t* side, int head_dim) {
+    for (int at = 0; at < kBlock * static_cast<int>(sizeof(float)); at += 64)
+        fetch(side + head_dim * kBlock + at);
+}
+
 // scores[i * 32 + t] = query i . key t, for the 32 tokens of a block, dimension by dimension. Meanwhile the keys that
 // come next, `ahead`, are fetched: a block's few kilobytes are too short for the machine to notice that they are read
 // from front to back, so without this every block begins with waiting.
@@ -55,6 +67,7 @@ void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const 
         // the tokens at a time, or their sums would not all stay in registers.
         constexpr int kVectors = N <= 6 ? 2 : 1;
         const float* scales = scales_of(keys, head_dim);
+        fetch_scales(ahead, head_dim);
         for (int first = 0; first < 2; first += kVectors) {
             I32 dots[N][kVectors];
 #pragma GCC unroll 12
@@ -68,7 +81,7 @@ void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const 
                 for (int v = 0; v < kVectors; ++v)
                     k[v] = load_i8_pairs(reinterpret_cast<const int8_t*>(keys) + pair * 64 + (first + v) * 32);
                 if (first == 0)
-                    __builtin_prefetch(ahead + pair * 64);
+                    fetch(ahead + pair * 64);
 #pragma GCC unroll 12
                 for (int i = 0; i < N; ++i) {
                     const I32 q = broadcast_pair(queries[i]->quants + 2 * pair);
@@ -91,8 +104,8 @@ void score_block(const uint8_t* keys, const uint8_t* ahead, int head_dim, const 
     for (int i = 0; i < N; ++i)
         s[i][0] = s[i][1] = zero_f32();
     for (int pair = 0; pair < head_dim / 2; ++pair) {
-        __builtin_prefetch(ahead + pair * 128);
-        __builtin_prefetch(ahead + pair * 128 + 64);
+        fetch(ahead + pair * 128);
+        fetch(ahead + pair * 128 + 64);
         const I32 k0 = load_i32(keys + pair * 128), k1 = load_i32(keys + pair * 128 + 64);
         const F32 even0 = bf16_even(k0), even1 = bf16_even(k1), odd0 = bf16_odd(k0), odd1 = bf16_odd(k1);
 #pragma GCC unroll 12
@@ -129,7 +142,7 @@ SERAPH_INLINE void weigh_values(const uint8_t* values, const uint8_t* ahead, int
 #pragma GCC unroll 4
         for (int c = 0; c < D; ++c) {
             const I32 v = pairs(t, c);
-            __builtin_prefetch(ahead + (t / 2 * head_dim + d + c * kLanes) * 4);
+            fetch(ahead + (t / 2 * head_dim + d + c * kLanes) * 4);
             const F32 even = bf16_even(v), odd = bf16_odd(v);
 #pragma GCC unroll 12
             for (int i = 0; i < N; ++i) {
@@ -175,7 +188,7 @@ SERAPH_INLINE void weigh_quants(const uint8_t* values, const uint8_t* ahead, int
         for (int c = 0; c < D; ++c) {
             const I32 v = load_i8_pairs(reinterpret_cast<const int8_t*>(values) + at + c * 2 * kLanes);
             if (c % 2 == 0) // of 32 bytes each
-                __builtin_prefetch(ahead + at + c * 2 * kLanes);
+                fetch(ahead + at + c * 2 * kLanes);
 #pragma GCC unroll 12
             for (int i = 0; i < N; ++i)
                 sums[i][c] = dot_pairs(sums[i][c], v, broadcast_pair(weights + i * kBlock + t));
@@ -233,6 +246,8 @@ void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* key
         store(w, p0);
         store(w + kLanes, p1);
     }
+    if constexpr (INT8)
+        fetch_scales(values_ahead, head_dim);
     // A loop of its own, for each turn is one long chain: so those of several queries overlap.
     for (int i = 0; INT8 && i < N; ++i) {
         const float* value_scales = scales_of(values, head_dim);
@@ -260,6 +275,10 @@ void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* key
         weigh(std::integral_constant<int, kDims>(), d);
     for (; d < head_dim; d += kLanes)
         weigh(std::integral_constant<int, 1>(), d);
+    // Of a block that is not full the rest of the next one's lines have not been passed.
+    const int pair_bytes = (INT8 ? 2 : 4) * head_dim;
+    for (int at = (INT8 ? most + 1 : least) / 2 * pair_bytes; at < kBlock / 2 * pair_bytes; at += 64)
+        fetch(values_ahead + at);
 }
 
 using AttendBlock = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, const uint8_t*, int, const Query* const*,
@@ -290,6 +309,19 @@ void KvCache::write(int block, int layer, int head, int slot, const float* key, 
     }
 }
 
+void KvCache::fetch(int block, int layer, int head, int slot) const {
+    const uint8_t *k = keys(block, layer, head), *v = values(block, layer, head);
+    const int bytes = int8 ? 1 : 2, pair_bytes = 2 * bytes;
+    for (int pair = 0; pair < head_dim / 2; ++pair)
+        __builtin_prefetch(k + (pair * kBlock + slot) * pair_bytes, 1);
+    for (int at = 0; at < head_dim * pair_bytes; at += 64)
+        __builtin_prefetch(v + slot / 2 * head_dim * pair_bytes + at, 1);
+    if (int8) {
+        __builtin_prefetch(scales_of(k, head_dim) + slot, 1);
+        __builtin_prefetch(scales_of(v, head_dim) + slot, 1);
+    }
+}
+
 Query quantized_query(const float* x, int head_dim, int16_t* quants) {
     const float amax = largest_size(x, head_dim);
     const F32 levels = set1(levels_per_unit(amax, kMost16));
@@ -299,7 +331,7 @@ Query quantized_query(const float* x, int head_dim, int16_t* quants) {
 }
 
 void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first, const Query* queries,
-                    const int* limits, int num_queries, Softmax* states) {
+                    const int* limits, int num_queries, const uint8_t* after, Softmax* states) {
     constexpr auto kCounts = std::make_integer_sequence<int, kMaxQueries>();
     static constexpr auto kBf16 = attend_blocks<false>(kCounts), kInt8 = attend_blocks<true>(kCounts);
     const auto& attend = kv.int8 ? kInt8 : kBf16;
@@ -325,9 +357,10 @@ void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, in
             counts[n++] = std::min(count, kBlock);
         }
         const int block = block_table[position / kBlock];
-        const int next = block_table[std::min(position + kBlock, last - 1) / kBlock];
-        attend[n - 1](kv.keys(block, layer, head), kv.values(block, layer, head), kv.keys(next, layer, head),
-                      kv.values(next, layer, head), kv.head_dim, q, counts, live);
+        const uint8_t* next =
+            position + kBlock < last ? kv.keys(block_table[position / kBlock + 1], layer, head) : after;
+        attend[n - 1](kv.keys(block, layer, head), kv.values(block, layer, head), next, next + kv.side_bytes(),
+                      kv.head_dim, q, counts, live);
     }
 }
 

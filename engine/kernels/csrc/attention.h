@@ -31,6 +31,8 @@ struct KvCache {
 
     // Writes one token's key and value, float32 [head_dim] each, into its slot.
     void write(int block, int layer, int head, int slot, const float* key, const float* value) const;
+    // Fetches the lines that write() changes.
+    void fetch(int block, int layer, int head, int slot) const;
 };
 
 // Softmax state of one query vector: running maximum, 16 partial sums, unnormalized output.
@@ -52,9 +54,10 @@ struct Query {
 Query quantized_query(const float* x, int head_dim, int16_t* quants);
 
 // One segment for up to kMaxQueries query vectors that share a KV head. Query i attends positions [first, limits[i]),
-// cut to the segment that starts at `first`; limits[i] <= first leaves it untouched. States are started here.
+// cut to the segment that starts at `first`; limits[i] <= first leaves it untouched. States are started here. Meanwhile
+// the keys and values of the block at `after`, which is attended next, are fetched.
 void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first, const Query* queries,
-                    const int* limits, int num_queries, Softmax* states);
+                    const int* limits, int num_queries, const uint8_t* after, Softmax* states);
 
 // Folds segment state `from` into `into` (empty when into.max is -inf). Folding in order of position gives the same
 // bits wherever it is done.

@@ -23,11 +23,11 @@ void grow(std::vector<T>& v, int64_t size) {
 } // namespace
 
 void Decoder::Activations::make_room(int64_t rows, int quants, int floats) {
-    const int64_t groups = quants / kGroup;
-    grow(q, rows * quants);
-    grow(scale, rows * groups);
-    grow(scaled_sum, rows * groups);
-    grow(start, rows * groups);
+    const int64_t whole = (rows + kMaxRows - 1) / kMaxRows * kMaxRows, groups = quants / kGroup;
+    grow(q, whole * quants);
+    grow(scale, whole * groups);
+    grow(scaled_sum, whole * groups);
+    grow(start, whole * groups);
     grow(values, rows * floats);
 }
 
@@ -132,7 +132,7 @@ void Decoder::prepare(const Step& step) {
         // Not a multiple of a page apart, where a strip of many rows would share a few lines of the caches.
         logits_stride_ = ceil_div(s.vocab, kPageFloats) * static_cast<int64_t>(kPageFloats) + kPageFloats / 16;
         grow(logits_, rows * logits_stride_);
-        grow(bests_, rows * weights_.head.num_strips());
+        bests_.assign(static_cast<size_t>(rows * team_.size()), Best());
     }
     for (int r = 0; r < step.num_requests; ++r) {
         std::fill(request_of_.begin() + step.query_starts[r], request_of_.begin() + step.query_starts[r + 1], r);
@@ -150,7 +150,7 @@ Team::Work Decoder::work_of(const Phase& phase) const {
     const auto projection = [&](int rows, bool halves) -> Team::Work {
         if (halves && rows <= kMaxRows)
             return {2 * phase.w->num_strips(), 2};
-        return {phase.w->num_strips() * ceil_div(rows, kTileRows), 1};
+        return {phase.w->num_strips() * ceil_div(rows, tile_rows(*phase.w, rows, team_.size())), 1};
     };
     const bool wants_logits = step_.num_rows > 0 && (step_.logits || step_.sampling);
     switch (phase.op) {
@@ -274,26 +274,26 @@ InputRows Decoder::input_of(int phase, int thread) {
     return {own.quants(), own.values.data()};
 }
 
-// Tiles of a projection: a strip times up to kTileRows rows, or, where the grain is two, halves of one. Between a pass
+// Tiles of a projection: a strip times tile_rows() rows, or, where the grain is two, halves of one. Between a pass
 // and its epilogue its sums lie in `out`: whatever is added to a projection before its epilogue is added there.
 void Decoder::project(int phase, int first, int last, int thread) {
     const auto [op, layer, matrix] = phases_[phase];
     const Matrix& w = *matrix;
     const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
-    const int chunks = ceil_div(num_rows, kTileRows);
+    const int size = tile_rows(w, num_rows, team_.size()), chunks = ceil_div(num_rows, size);
     const bool halves = work_[phase].grain == 2; // one chunk
     const int strip = halves ? first / 2 : first / chunks, chunk = halves ? 0 : first % chunks;
     const int first_half = halves ? first % 2 : 0, last_half = halves ? last - 2 * strip : 2;
-    const int begin = chunk * kTileRows, count = std::min(kTileRows, num_rows - begin);
+    const int begin = chunk * size, count = std::min(size, num_rows - begin);
     const InputRows x = input_of(phase, thread);
     alignas(64) float out[kMaxRows * kStrip];
     project_tile(w, strip, first_half, last_half, x, begin, count, chunk, chunks, out, [&](int row, int rows) {
-        epilogue(op, layer, w, row, rows, strip * kStrip, first_half * 32, last_half * 32, out);
+        epilogue(op, layer, w, row, rows, strip * kStrip, first_half * 32, last_half * 32, thread, out);
     });
 }
 
 // Columns [from, to) of a strip whose first column is `column`, for `rows` rows from `row` on; y float32 [rows, 64].
-void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to,
+void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to, int thread,
                        const float* y) {
     const int end = std::min(to, w.n - column);
     switch (op) {
@@ -331,8 +331,7 @@ void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int
     case Op::kHead:
         for (int r = row; r < row + rows; ++r, y += kStrip) {
             if (takes_best_[r]) {
-                Best& best = bests_[static_cast<size_t>(r) * w.num_strips() + column / kStrip] = best_of(y, end);
-                best.token += column;
+                better_of(y, end, column, bests_[static_cast<size_t>(thread) * step_.num_rows + r]);
             } else {
                 float* logits = step_.logits ? step_.logits : logits_.data();
                 std::copy(y, y + end, logits + r * logits_stride_ + column);
@@ -351,13 +350,23 @@ void Decoder::rope(int layer, int tile, int thread) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     float* key = scratch_[thread].data();
     const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
+    const auto block_of = [this](int row) {
+        const int32_t* table = step_.block_tables + static_cast<int64_t>(request_of_[row]) * step_.max_blocks;
+        return table[step_.positions[row] / kBlock];
+    };
     for (int row = tile * kRowsPerTile; row < end; ++row) {
         float* qkv = qkv_.data() + static_cast<int64_t>(row) * (q_size + 2 * kv_size);
         const int position = step_.positions[row];
         const float* cos = weights_.rope_cos + static_cast<int64_t>(position) * half;
         const float* sin = weights_.rope_sin + static_cast<int64_t>(position) * half;
         const auto rotate = [&](const float* from, float factor, float* to) {
-            for (int i = 0; i < half; ++i) {
+            int i = 0;
+            for (; i + kLanes <= half; i += kLanes) {
+                const F32 low = load(from + i), high = load(from + half + i), c = load(cos + i), s = load(sin + i);
+                store(to + i, (low * c - high * s) * set1(factor));
+                store(to + half + i, (high * c + low * s) * set1(factor));
+            }
+            for (; i < half; ++i) {
                 const float low = from[i], high = from[half + i];
                 to[i] = (low * cos[i] - high * sin[i]) * factor;
                 to[half + i] = (high * cos[i] + low * sin[i]) * factor;
@@ -365,8 +374,12 @@ void Decoder::rope(int layer, int tile, int thread) {
         };
         for (int h = 0; h < shape_.num_heads; ++h)
             rotate(qkv + h * d, scale, qkv + h * d);
-        const int32_t* table = step_.block_tables + static_cast<int64_t>(request_of_[row]) * step_.max_blocks;
-        const int block = table[position / kBlock];
+        const int block = block_of(row);
+        // Stores that miss the caches end one after another, so where the next row's go is fetched before.
+        if (row + 1 < end && block_of(row + 1) != block) {
+            for (int h = 0; h < shape_.num_kv_heads; ++h)
+                kv_.fetch(block_of(row + 1), layer, h, step_.positions[row + 1] % kBlock);
+        }
         for (int h = 0; h < shape_.num_kv_heads; ++h) {
             rotate(qkv + q_size + h * d, 1.0f, key);
             kv_.write(block, layer, h, position % kBlock, key, qkv + q_size + kv_size + h * d);
@@ -401,12 +414,11 @@ void Decoder::final_row(int row, int thread) {
 
 void Decoder::sample(int row, int thread) {
     if (takes_best_[row]) {
-        const int strips = weights_.head.num_strips();
-        const Best* of_strips = bests_.data() + static_cast<int64_t>(row) * strips;
         Best best;
-        for (int i = 0; i < strips; ++i) {
-            if (of_strips[i].logit > best.logit)
-                best = of_strips[i];
+        for (int t = 0; t < team_.size(); ++t) {
+            const Best& of_thread = bests_[static_cast<size_t>(t) * step_.num_rows + row];
+            if (of_thread.before(best))
+                best = of_thread;
         }
         step_.chosen[row] = best.token;
         return;

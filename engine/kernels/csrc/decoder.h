@@ -90,7 +90,8 @@ class Decoder {
     void norm_rows(const float* weight, const Matrix& w, int tile, int thread);
     InputRows input_of(int phase, int thread);
     void project(int phase, int first, int last, int thread);
-    void epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to, const float* y);
+    void epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to, int thread,
+                  const float* y);
     void rope(int layer, int tile, int thread);
     void merge(const Matrix& w, int index);
     void final_row(int row, int thread);
@@ -116,7 +117,7 @@ class Decoder {
     std::vector<float> x_, qkv_, attended_;   // [tokens, ...]
     std::vector<float> logits_;               // [rows, vocab], where the caller wants none
     std::vector<uint8_t> takes_best_;         // [rows] whether of a row's logits only the best are kept, ...
-    std::vector<Best> bests_;                 // [rows, strips] ... here
+    std::vector<Best> bests_;                 // [threads, rows] ... here
     int64_t logits_stride_ = 0;               // floats from one row of logits to the next
     std::vector<int32_t> request_of_;         // [tokens]
     Activations shared_, gated_;              // gated_: what down reads, made group by group

@@ -12,11 +12,11 @@ void quantize_group(const float* x, int k, const QuantRows& to, int row, int gro
     const float amax = reduce_max(max(abs(a), abs(b)));
     const F32 levels = set1(levels_per_unit(amax, 127.0f));
     const I32 qa = round_i32(a * levels), qb = round_i32(b * levels);
-    int8_t* q = to.q + static_cast<int64_t>(row) * k + group * kGroup;
+    const int64_t at = (static_cast<int64_t>(row / kMaxRows) * (k / kGroup) + group) * kMaxRows + row % kMaxRows;
+    int8_t* q = to.q + at * kGroup;
     store_i8(q, qa);
     store_i8(q + kLanes, qb);
     const int32_t sum = reduce_add(qa + qb);
-    const int64_t at = static_cast<int64_t>(row) * (k / kGroup) + group;
     const float scale = amax / 127.0f;
     to.scale[at] = scale;
     to.scaled_sum[at] = scale * static_cast<float>(sum);
@@ -65,8 +65,7 @@ struct Sums {
 // registers over the group.
 template <int BITS, bool MIN, int R>
 SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, const uint16_t* mins, const int8_t* q,
-                             int64_t k, const float* scale, const float* scaled_sum, const int32_t* start,
-                             int64_t groups, Sums<R>& sums) {
+                             const float* scale, const float* scaled_sum, const int32_t* start, Sums<R>& sums) {
     // One row alone has too few integer sums to hide the latency of each: every other quad goes to a second chain.
     constexpr int kChains = R == 1 && kRegisters >= 32 ? 2 : 1;
     GroupDot<BITS> dot[R][2][kChains];
@@ -74,7 +73,7 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
     for (int r = 0; r < R; ++r) {
         I32 from = set1_i32(0);
         if constexpr (!MIN) {
-            from = set1_i32(start[r * groups]);
+            from = set1_i32(start[r]);
             if constexpr (BITS == 8)
                 from = shift_left<4>(from);
         }
@@ -90,14 +89,14 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
             const I32 low0 = low_nibbles(w0), low1 = low_nibbles(w1);
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
-                const I32 a = broadcast_quad(q + r * k + octet * 8);
+                const I32 a = broadcast_quad(q + r * kGroup + octet * 8);
                 dot[r][0][0].add(low0, a);
                 dot[r][1][0].add(low1, a);
             }
             const I32 high0 = high_nibbles(w0), high1 = high_nibbles(w1);
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
-                const I32 a = broadcast_quad(q + r * k + octet * 8 + 4);
+                const I32 a = broadcast_quad(q + r * kGroup + octet * 8 + 4);
                 dot[r][0][kChains - 1].add(high0, a);
                 dot[r][1][kChains - 1].add(high1, a);
             }
@@ -108,7 +107,7 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
             const I32 w0 = load_i32(quants + quad * kRowBytes), w1 = load_i32(quants + quad * kRowBytes + 64);
 #pragma GCC unroll kUnroll
             for (int r = 0; r < R; ++r) {
-                const I32 a = broadcast_quad(q + r * k + quad * 4);
+                const I32 a = broadcast_quad(q + r * kGroup + quad * 4);
                 dot[r][0][quad % kChains].add(w0, a);
                 dot[r][1][quad % kChains].add(w1, a);
             }
@@ -127,12 +126,12 @@ SERAPH_INLINE void cell_half(const uint8_t* quants, const uint16_t* scales, cons
             dot0 = dot0 + dot[r][0][1].finish();
             dot1 = dot1 + dot[r][1][1].finish();
         }
-        const F32 s = set1(scale[r * groups]);
+        const F32 s = set1(scale[r]);
         F32(&y)[2] = sums.y[r];
         y[0] = fma(to_f32(dot0) * d0, s, y[0]);
         y[1] = fma(to_f32(dot1) * d1, s, y[1]);
         if constexpr (MIN) {
-            const F32 t = set1(scaled_sum[r * groups]);
+            const F32 t = set1(scaled_sum[r]);
             y[0] = fma(m0, t, y[0]);
             y[1] = fma(m1, t, y[1]);
         }
@@ -146,14 +145,17 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
     const int groups = w.num_groups();
     const int quant_bytes = kStrip * kGroup * BITS / 8, half_bytes = quant_bytes / 2;
     const int cell_bytes = w.cell_bytes();
-    const int8_t* q = x.q + static_cast<int64_t>(row) * w.k;
     const int64_t side = static_cast<int64_t>(row) * groups;
     const auto add_half = [&](int g, int half, Sums<R>& sums) SERAPH_INLINE_LAMBDA {
         const uint8_t* cell = strip + static_cast<int64_t>(g) * cell_bytes;
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(cell + quant_bytes);
-        cell_half<BITS, MIN, R>(cell + half * half_bytes, scales + half * 32, scales + kStrip + half * 32,
-                                q + g * kGroup, w.k, x.scale + side + g, x.scaled_sum + side + g, x.start + side + g,
-                                groups, sums);
+        const int64_t at = side + g * kMaxRows;
+        const int8_t* quads = x.q + at * kGroup;
+        // Or GCC computes the address of every quad once for both halves, keeps them all on the stack, and loads each
+        // of them before each quad.
+        opaque(quads);
+        cell_half<BITS, MIN, R>(cell + half * half_bytes, scales + half * 32, scales + kStrip + half * 32, quads,
+                                x.scale + at, x.scaled_sum + at, x.start + at, sums);
     };
     // The more there is to compute for each byte, the less far ahead the hardware fetches: without this, from memory, 4
     // rows took a quarter longer and 8 rows of 8-bit weights twice as long. Only one row of those it serves better
@@ -201,6 +203,7 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
 template <int BITS, bool MIN>
 void dispatch_rows(const Matrix& w, const uint8_t* strip, int first, int last, const QuantRows& x, int row, int rows,
                    float* out, Ahead ahead) {
+    const int groups = w.num_groups();
     switch (rows) {
     case 1:
         return strip_rows<BITS, MIN, 1>(w, strip, first, last, x, row, out, ahead);
@@ -240,6 +243,23 @@ void project_strip(const Matrix& w, int strip, int first_half, int last_half, co
     }
     return w.min ? dispatch_rows<8, true>(w, data, first_half, last_half, x.quants, row, rows, out, ahead)
                  : dispatch_rows<8, false>(w, data, first_half, last_half, x.quants, row, rows, out, ahead);
+}
+
+int tile_rows(const Matrix& w, int rows, int threads) {
+    const auto divided = [](int a, int b) { return (a + b - 1) / b; }; // rounded up
+    if (rows <= kMaxRows)
+        return kMaxRows;
+    int even = 0;
+    for (int chunks = divided(rows, kTileRows);; ++chunks) {
+        const int size = divided(divided(rows, chunks), kMaxRows) * kMaxRows;
+        const int tiles = w.num_strips() * divided(rows, size), idle = divided(tiles, threads) * threads - tiles;
+        if (even == 0)
+            even = size;
+        if (idle * 32 <= tiles)
+            return size;
+        if (size == kMaxRows)
+            return even;
+    }
 }
 
 void dequantize_row(const Matrix& w, int n, float* out) {

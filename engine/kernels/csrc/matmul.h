@@ -2,6 +2,7 @@
 // layout is engine/kernels/layout.py).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace seraph {
@@ -9,7 +10,7 @@ namespace seraph {
 constexpr int kStrip = 64;    // outputs of one strip
 constexpr int kGroup = 32;    // inputs that share a scale
 constexpr int kMaxRows = 8;   // activation rows that share one pass over the weights
-constexpr int kTileRows = 64; // activation rows of one unit of work
+constexpr int kTileRows = 64; // activation rows of one unit of work, at most
 
 struct Matrix {
     const uint8_t* data;
@@ -26,12 +27,14 @@ struct Matrix {
     int64_t nbytes() const { return num_strips() * strip_bytes(); }
 };
 
-// Rows of activations as a matrix of quants reads them. Row r of q starts at r * k, of the others at r * k / 32.
+// Rows of activations as a matrix of quants reads them, kMaxRows of them together, group by group: a pass over the
+// weights reads its activations in the order they lie in memory, at offsets that are known when it is compiled. There
+// is room for whole blocks of rows.
 struct QuantRows {
-    int8_t* q;         // [rows, k]
-    float* scale;      // [rows, k / 32] largest magnitude of the group / 127
-    float* scaled_sum; // [rows, k / 32] scale * sum(q), what MIN multiplies
-    int32_t* start;    // [rows, k / 32] -8 * sum(q), where a ZERO_POINT sum starts (times 16 for 8 bits)
+    int8_t* q;         // [rows / 8][k / 32][8][32]
+    float* scale;      // [rows / 8][k / 32][8] largest magnitude of the group / 127
+    float* scaled_sum; // [rows / 8][k / 32][8] scale * sum(q), what MIN multiplies
+    int32_t* start;    // [rows / 8][k / 32][8] -8 * sum(q), where a ZERO_POINT sum starts (times 16 for 8 bits)
 };
 
 // The input of a projection, in the form that its matrix reads.
@@ -56,10 +59,10 @@ struct Ahead {
 // strip, and after the first, which finds it in memory, there is time for that.
 Ahead next_strip(const Matrix& w, int strip, int pass, int passes);
 
-// out[r * 64 + c] = row r times output c of a strip, for `rows` <= kMaxRows rows from `row` on. Only the 32-output
-// halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups in order (and that
-// of bfloat16 over each group's inputs in order), whatever `rows` is: that is what makes a row's result independent of
-// its batch.
+// out[r * 64 + c] = row r times output c of a strip, for `rows` <= kMaxRows rows from `row` on, a multiple of kMaxRows.
+// Only the 32-output halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups
+// in order (and that of bfloat16 over each group's inputs in order), whatever `rows` is: that is what makes a row's
+// result independent of its batch.
 void project_strip(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int row, int rows,
                    float* out, Ahead ahead = {});
 void project_strip_bf16(const Matrix& w, int strip, int first_half, int last_half, const float* x, int row, int rows,
@@ -72,7 +75,7 @@ void project_tile(const Matrix& w, int strip, int first_half, int last_half, con
                   int chunk, int chunks, float* out, const Then& then) {
     const int passes = (count + kMaxRows - 1) / kMaxRows;
     for (int pass = 0; pass < passes; ++pass) {
-        const int row = begin + count * pass / passes, rows = begin + count * (pass + 1) / passes - row;
+        const int row = begin + pass * kMaxRows, rows = std::min(kMaxRows, begin + count - row);
         Ahead ahead;
         if (pass > 0 && chunk == chunks - 1)
             ahead = next_strip(w, strip, pass, passes);
@@ -82,6 +85,10 @@ void project_tile(const Matrix& w, int strip, int first_half, int last_half, con
         then(row, rows);
     }
 }
+
+// Rows of one unit of work of a projection of `rows` rows, a multiple of kMaxRows: fewer than kTileRows where whole
+// strips cannot be shared out evenly among `threads`.
+int tile_rows(const Matrix& w, int rows, int threads);
 
 // Row `n` of the matrix, dequantized, float32 [k].
 void dequantize_row(const Matrix& w, int n, float* out);

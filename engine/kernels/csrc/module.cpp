@@ -1,5 +1,5 @@
-// The Python face of one build. Arrays come checked (engine/kernels/validate.py), so only what would be undefined
-// behaviour here is checked again: sizes that the arrays themselves tell.
+// The Python face of one build. What engine/kernels/validate.py refuses of a step is refused here, before anything is
+// written; what comes rarely was checked there.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "decoder.h"
 #include "matmul.h"
 #include "probe.h"
@@ -47,6 +48,20 @@ Matrix matrix_of(const PackedMatrix& packed) {
                                     std::to_string(data.size()));
     }
     return m;
+}
+
+// Whether an array has just these dimensions.
+template <class T, class... Sizes>
+bool shaped(const Array<T>& array, Sizes... sizes) {
+    if (array.ndim() != sizeof...(sizes))
+        return false;
+    size_t axis = 0;
+    return ((array.shape(axis++) == static_cast<size_t>(sizes)) && ...);
+}
+
+template <class T>
+int64_t length(const std::optional<Array<T>>& array) {
+    return array && array->ndim() > 0 ? static_cast<int64_t>(array->shape(0)) : 0;
 }
 
 // Zeroed memory in huge pages where the system gives them; pages are taken when first written.
@@ -104,13 +119,34 @@ struct PySampling {
                 masks ? masks->data() : nullptr,
                 mask_ready ? mask_ready->data() : nullptr};
     }
+
+    bool fits(int rows, int vocab) const {
+        for (const Floats* each :
+             {&temperature, &top_p, &min_p, &repetition_penalty, &presence_penalty, &frequency_penalty}) {
+            if (!shaped(*each, rows))
+                return false;
+        }
+        for (const Ints* each : {&top_k, &choice, &position, &history_output_starts}) {
+            if (!shaped(*each, rows))
+                return false;
+        }
+        const int64_t num_masks = length(masks);
+        return shaped(seed, rows) && shaped(history_starts, rows + 1) && shaped(bias_starts, rows + 1) &&
+               shaped(history_tokens, history_tokens.size()) && shaped(bias_tokens, bias_tokens.size()) &&
+               shaped(bias_values, bias_tokens.size()) && (!mask_rows || shaped(*mask_rows, rows)) &&
+               (!mask_rows || !masks || shaped(*masks, num_masks, (vocab + 31) / 32)) &&
+               (!mask_rows || !mask_ready || shaped(*mask_ready, num_masks)) &&
+               seraph::fits(
+                   view(), rows, vocab,
+                   {static_cast<int64_t>(history_tokens.size()), static_cast<int64_t>(bias_tokens.size()), num_masks});
+    }
 };
 
 class Program {
   public:
     Program(const DecoderShape& shape, const std::vector<Floats>& vectors, const std::vector<PackedMatrix>& matrices,
             bool tied, Floats rope_cos, Floats rope_sin, int num_blocks, bool kv_int8, int threads)
-        : vectors_(vectors), rope_cos_(rope_cos), rope_sin_(rope_sin) {
+        : shape_(shape), num_blocks_(num_blocks), vectors_(vectors), rope_cos_(rope_cos), rope_sin_(rope_sin) {
         const size_t layers = static_cast<size_t>(shape.num_layers);
         if (vectors.size() != 2 * layers + 1 || matrices.size() != 4 * layers + (tied ? 1 : 2)) {
             throw std::invalid_argument("Program: wrong number of tensors");
@@ -135,15 +171,22 @@ class Program {
         decoder_ = std::make_unique<Decoder>(shape, std::move(w), kv, threads);
     }
 
-    void step(Ints token_ids, Ints positions, Ints query_starts, Ints seq_lens, Ints block_tables, Ints logits_rows,
+    // False, and nothing is written, for what check_batch in engine/kernels/validate.py refuses.
+    bool step(Ints token_ids, Ints positions, Ints query_starts, Ints seq_lens, Ints block_tables, Ints logits_rows,
               bool causal, const PySampling* sampling, std::optional<Array<float>> logits,
               std::optional<Array<float>> hidden, Array<int32_t> chosen) {
         Decoder& decoder = open();
         Step step{};
         step.num_tokens = static_cast<int>(token_ids.size());
         step.num_requests = static_cast<int>(seq_lens.size());
-        step.max_blocks = static_cast<int>(block_tables.size() / seq_lens.size());
         step.num_rows = static_cast<int>(logits_rows.size());
+        step.max_blocks = block_tables.ndim() == 3 ? static_cast<int>(block_tables.shape(2)) : 0;
+        if (!shaped(token_ids, step.num_tokens) || !shaped(positions, step.num_tokens) ||
+            !shaped(query_starts, step.num_requests + 1) || !shaped(seq_lens, step.num_requests) ||
+            !shaped(block_tables, 1, step.num_requests, step.max_blocks) || !shaped(logits_rows, step.num_rows) ||
+            (logits && !shaped(*logits, step.num_rows, shape_.vocab)) ||
+            (hidden && !shaped(*hidden, step.num_rows, shape_.hidden)) || !shaped(chosen, sampling ? step.num_rows : 0))
+            return false;
         step.token_ids = token_ids.data();
         step.positions = positions.data();
         step.query_starts = query_starts.data();
@@ -160,8 +203,13 @@ class Program {
         step.hidden = hidden ? hidden->data() : nullptr;
         step.chosen = chosen.data();
         nb::gil_scoped_release release;
+        const StepLimits limits{shape_.vocab, static_cast<int>(rope_cos_.shape(0)), num_blocks_,
+                                static_cast<int>(previous_.size())};
+        if (!fits(step, limits) || (sampling && !sampling->fits(step.num_rows, shape_.vocab)))
+            return false;
         decoder.run(step, previous_.data());
         previous_.assign(step.chosen, step.chosen + (sampling ? step.num_rows : 0));
+        return true;
     }
 
     void copy_blocks(Ints pairs) {
@@ -189,6 +237,8 @@ class Program {
         return *decoder_;
     }
 
+    DecoderShape shape_;
+    int num_blocks_;
     std::vector<Floats> vectors_; // kept alive: the decoder points into them
     std::vector<Bytes> bytes_;
     Floats rope_cos_, rope_sin_;
@@ -207,19 +257,20 @@ void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
         throw std::invalid_argument("matmul: shapes do not fit");
     }
     nb::gil_scoped_release release;
-    const size_t groups = static_cast<size_t>(m) * static_cast<size_t>(w.num_groups());
-    std::vector<int8_t> q(x.size());
+    const size_t groups = static_cast<size_t>(kMaxRows) * static_cast<size_t>(w.num_groups());
+    std::vector<int8_t> q(groups * kGroup);
     std::vector<float> scale(groups), scaled_sum(groups);
     std::vector<int32_t> start(groups);
-    const InputRows input{{q.data(), scale.data(), scaled_sum.data(), start.data()}, x.data()};
-    for (int r = 0; r < m && w.quantized(); ++r)
-        quantize_row(x.data() + static_cast<int64_t>(r) * w.k, w.k, input.quants, r);
     alignas(64) float out[kMaxRows * kStrip];
-    for (int strip = 0; strip < w.num_strips(); ++strip) {
-        const int columns = std::min(kStrip, w.n - strip * kStrip);
-        for (int row = 0; row < m; row += rows) {
-            const int count = std::min(rows, m - row);
-            project_strip(w, strip, 0, 2, input, row, count, out);
+    for (int row = 0; row < m; row += rows) {
+        const float* values = x.data() + static_cast<int64_t>(row) * w.k;
+        const InputRows input{{q.data(), scale.data(), scaled_sum.data(), start.data()}, values};
+        const int count = std::min(rows, m - row);
+        for (int r = 0; r < count && w.quantized(); ++r)
+            quantize_row(values + static_cast<int64_t>(r) * w.k, w.k, input.quants, r);
+        for (int strip = 0; strip < w.num_strips(); ++strip) {
+            const int columns = std::min(kStrip, w.n - strip * kStrip);
+            project_strip(w, strip, 0, 2, input, 0, count, out);
             for (int r = 0; r < count; ++r) {
                 std::copy_n(out + r * kStrip, columns, y.data() + static_cast<int64_t>(row + r) * w.n + strip * kStrip);
             }
@@ -250,21 +301,22 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
         throw std::invalid_argument("time_matmul: expected copies * nbytes bytes and positive counts");
     }
     nb::gil_scoped_release release;
-    const size_t groups = static_cast<size_t>(m) * static_cast<size_t>(w.num_groups());
-    std::vector<int8_t> q(static_cast<size_t>(m) * static_cast<size_t>(k), 3);
+    const size_t rows = static_cast<size_t>((m + kMaxRows - 1) / kMaxRows * kMaxRows);
+    const size_t groups = rows * static_cast<size_t>(w.num_groups());
+    std::vector<int8_t> q(groups * kGroup, 3);
     std::vector<float> scale(groups, 0.01f), scaled_sum(groups, 0.01f);
     std::vector<int32_t> start(groups, 0);
     const std::vector<float> values(q.size(), 0.03f);
     const InputRows x{{q.data(), scale.data(), scaled_sum.data(), start.data()}, values.data()};
     Team team(threads, turns);
-    const int chunks = (m + kTileRows - 1) / kTileRows;
+    const int size = tile_rows(w, m, threads), chunks = (m + size - 1) / size;
     const std::vector<Team::Work> work(static_cast<size_t>(turns), {w.num_strips() * chunks, 1});
     const Team::Tiles tiles = [&](int turn, int index, int, int) {
         Matrix mine = w;
         mine.data += turn % copies * w.nbytes();
         alignas(64) float out[kMaxRows * kStrip];
-        const int chunk = index % chunks, begin = chunk * kTileRows;
-        project_tile(mine, index / chunks, 0, 2, x, begin, std::min(kTileRows, m - begin), chunk, chunks, out,
+        const int chunk = index % chunks, begin = chunk * size;
+        project_tile(mine, index / chunks, 0, 2, x, begin, std::min(size, m - begin), chunk, chunks, out,
                      [](int, int) {});
     };
     const auto now = [] { return std::chrono::steady_clock::now(); };
@@ -284,19 +336,25 @@ NB_MODULE(SERAPH_MODULE, m) {
         .def(nb::init<Floats, Ints, Floats, Floats, Floats, Floats, Floats, Array<const uint64_t>, Ints, Ints, Ints,
                       Ints, Ints, Ints, Ints, Floats, std::optional<Ints>, std::optional<Array<const uint32_t>>,
                       std::optional<Ints>>(),
-             nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
-             nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"),
-             nb::arg("choice"), nb::arg("position"), nb::arg("history_starts"), nb::arg("history_output_starts"),
-             nb::arg("history_tokens"), nb::arg("bias_starts"), nb::arg("bias_tokens"), nb::arg("bias_values"),
-             nb::arg("mask_rows").none(), nb::arg("masks").none(), nb::arg("mask_ready").none());
+             nb::arg("temperature").noconvert(), nb::arg("top_k").noconvert(), nb::arg("top_p").noconvert(),
+             nb::arg("min_p").noconvert(), nb::arg("repetition_penalty").noconvert(),
+             nb::arg("presence_penalty").noconvert(), nb::arg("frequency_penalty").noconvert(),
+             nb::arg("seed").noconvert(), nb::arg("choice").noconvert(), nb::arg("position").noconvert(),
+             nb::arg("history_starts").noconvert(), nb::arg("history_output_starts").noconvert(),
+             nb::arg("history_tokens").noconvert(), nb::arg("bias_starts").noconvert(),
+             nb::arg("bias_tokens").noconvert(), nb::arg("bias_values").noconvert(),
+             nb::arg("mask_rows").noconvert().none(), nb::arg("masks").noconvert().none(),
+             nb::arg("mask_ready").noconvert().none());
     nb::class_<Program>(m, "Program")
         .def(nb::init<const DecoderShape&, const std::vector<Floats>&, const std::vector<PackedMatrix>&, bool, Floats,
                       Floats, int, bool, int>(),
              nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("tied"), nb::arg("rope_cos"),
              nb::arg("rope_sin"), nb::arg("num_blocks"), nb::arg("kv_int8"), nb::arg("threads"))
-        .def("step", &Program::step, nb::arg("token_ids"), nb::arg("positions"), nb::arg("query_starts"),
-             nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("logits_rows"), nb::arg("causal"),
-             nb::arg("sampling").none(), nb::arg("logits").none(), nb::arg("hidden").none(), nb::arg("chosen"))
+        // What has another type is not converted, which would be a copy, but refused.
+        .def("step", &Program::step, nb::arg("token_ids").noconvert(), nb::arg("positions").noconvert(),
+             nb::arg("query_starts").noconvert(), nb::arg("seq_lens").noconvert(), nb::arg("block_tables").noconvert(),
+             nb::arg("logits_rows").noconvert(), nb::arg("causal"), nb::arg("sampling").none(),
+             nb::arg("logits").noconvert().none(), nb::arg("hidden").noconvert().none(), nb::arg("chosen").noconvert())
         .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
         .def("profile", &Program::profile, nb::arg("on"))
         .def("phase_seconds", &Program::phase_seconds)

@@ -351,6 +351,20 @@ Best best_of(const float* logits, int vocab) {
     return best;
 }
 
+void better_of(const float* logits, int count, int first, Best& best) {
+    // Nearly always all are below the best of what came before, which a comparison of each tells.
+    const F32 least = set1(best.logit);
+    bool below = count % kLanes == 0;
+    for (int i = 0; i < count && below; i += kLanes)
+        below = lanes_of(less(load(logits + i), least)) == (1u << kLanes) - 1;
+    if (below)
+        return;
+    Best here = best_of(logits, count);
+    here.token += here.token < 0 ? 0 : first;
+    if (here.before(best))
+        best = here;
+}
+
 bool takes_best(const Sampling& how, int r) {
     return how.temperature[r] == 0 && !adjusted(how, r);
 }

@@ -36,10 +36,18 @@ struct SamplerScratch {
 struct Best {
     float logit = -std::numeric_limits<float>::infinity();
     int32_t token = -1;
+
+    bool before(const Best& other) const {
+        return logit > other.logit || (logit == other.logit && token < other.token && token >= 0);
+    }
 };
 
 // The first token with the largest finite logit.
 Best best_of(const float* logits, int vocab);
+
+// Makes `best` the better of itself and the best of `count` logits, whose tokens are those from `first` on. Parts of a
+// row may come in any order.
+void better_of(const float* logits, int count, int first, Best& best);
 
 // Whether row r takes the best of its raw logits, so that nothing but the best of each part of them needs to be kept.
 bool takes_best(const Sampling& how, int r);

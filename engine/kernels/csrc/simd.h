@@ -38,6 +38,11 @@ SERAPH_INLINE void opaque(I32& a) {
 #endif
 }
 
+template <class T>
+SERAPH_INLINE void opaque(T*& pointer) {
+    asm volatile("" : "+r"(pointer));
+}
+
 // Four activation bytes to every lane.
 SERAPH_INLINE I32 broadcast_quad(const int8_t* p) {
     int32_t quad;

@@ -54,6 +54,11 @@ void StepAttention::plan(const Step& step) {
     states_.resize(std::max(states_.size(), static_cast<size_t>(states)));
 }
 
+const uint8_t* StepAttention::first_keys(int layer, const Tile& t, int first) const {
+    const int32_t* table = step_->block_tables + static_cast<int64_t>(t.request) * step_->max_blocks;
+    return kv_.keys(table[first / kBlock], layer, t.head);
+}
+
 void StepAttention::attend(int layer, int index, const float* qkv, int64_t width, int thread, float* attended) {
     const Tile& t = tiles_[index];
     const int d = kv_.head_dim, shared_heads = num_heads_ / kv_.num_kv_heads;
@@ -77,7 +82,12 @@ void StepAttention::attend(int layer, int index, const float* qkv, int64_t width
             whole[i].max = -HUGE_VALF;
         }
         for (int first = t.first; first < t.last; first += kSegment) {
-            attend_segment(kv_, table, layer, t.head, first, queries, limits, n, segment);
+            const bool last = first + kSegment >= t.last;
+            const uint8_t* after = !last ? first_keys(layer, t, first + kSegment)
+                                   : index + 1 < num_tiles()
+                                       ? first_keys(layer, tiles_[index + 1], tiles_[index + 1].first)
+                                       : first_keys(layer, t, first);
+            attend_segment(kv_, table, layer, t.head, first, queries, limits, n, after, segment);
             for (int i = 0; i < n; ++i) {
                 if (t.split) {
                     store_state(segment[i], rows[i], heads[i], first / kSegment);

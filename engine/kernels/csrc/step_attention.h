@@ -39,6 +39,8 @@ class StepAttention {
         int32_t row, segments;
     };
 
+    // The keys of the block with position `first`, a multiple of kBlock, of a tile's request and head.
+    const uint8_t* first_keys(int layer, const Tile& t, int first) const;
     float* state_of(int row, int head, int segment);
     void store_state(const Softmax& from, int row, int head, int segment);
 

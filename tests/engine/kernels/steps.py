@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -168,7 +169,7 @@ def sampling_arrays(num_rows: int, **changes: Any) -> SamplingArrays:
         current = getattr(arrays, name)
         if np.isscalar(value) and current is not None:
             value = np.full(current.shape, value, current.dtype)
-        setattr(arrays, name, value)
+        arrays = dataclasses.replace(arrays, **{name: value})
     return arrays
 
 

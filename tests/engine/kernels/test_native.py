@@ -567,8 +567,7 @@ def test_the_sampler_waits_for_a_mask(isa: str) -> None:
 
     logits = np.zeros((1, 40), np.float32)
     masks, ready = np.zeros((1, 2), np.uint32), np.zeros(1, np.int32)
-    how = sampling(1, temperature=0.0, masks=masks)
-    how.mask_ready = ready
+    how = dataclasses.replace(sampling(1, temperature=0.0, masks=masks), mask_ready=ready)
     chosen: list[int] = []
     thread = threading.Thread(target=lambda: chosen.extend(native_sample(isa, logits, how).tolist()))
     thread.start()

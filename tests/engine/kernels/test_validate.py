@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from engine.kernels import available_isas
 from engine.kernels.batch import StepBatch
 from engine.kernels.layout import Correction, PackedTensor
+from engine.kernels.native import NativeProgram
 from engine.kernels.validate import check_batch, check_copies, check_weights
 from tests.engine.kernels.steps import Piece, make_batch, random_matrix, random_weights, sampling_arrays, tiny_spec
 
@@ -40,8 +48,30 @@ def good_batch() -> StepBatch:
     return batch
 
 
+@functools.cache
+def native_programs() -> list[NativeProgram]:
+    weights = random_weights(SPEC)
+    return [NativeProgram(SPEC, weights, num_blocks=NUM_BLOCKS, threads=1, isa=isa) for isa in available_isas()]
+
+
+def native_program(isa_program: NativeProgram) -> NativeProgram:
+    """After a step that chose PREVIOUS_ROWS tokens."""
+    piece = Piece([1] * PREVIOUS_ROWS, 0, [0])
+    isa_program.step(make_batch([piece], SPEC, sampling=sampling_arrays(PREVIOUS_ROWS)))
+    return isa_program
+
+
 def check(batch: StepBatch) -> None:
-    check_batch(SPEC, batch, NUM_BLOCKS, PREVIOUS_ROWS)
+    """What every build checks for itself, and refuses with the same words."""
+    try:
+        check_batch(SPEC, batch, NUM_BLOCKS, PREVIOUS_ROWS)
+    except ValueError as error:
+        for program in native_programs():
+            with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+                native_program(program).step(batch)
+        raise
+    for program in native_programs():
+        native_program(program).step(batch)
 
 
 def test_a_good_batch_passes() -> None:
@@ -64,6 +94,15 @@ ROW_ARRAYS = [
 ]
 
 
+def change(batch: StepBatch, name: str, damage: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Put what `damage` makes of an array of a batch, or of its sampling, in its place."""
+    if name in ROW_ARRAYS:
+        assert batch.sampling is not None
+        batch.sampling = dataclasses.replace(batch.sampling, **{name: damage(getattr(batch.sampling, name))})
+    else:
+        setattr(batch, name, damage(getattr(batch, name)))
+
+
 def other_type(a: np.ndarray) -> np.ndarray:
     return a.astype(np.float64 if a.dtype.kind == "f" else np.int64)
 
@@ -80,8 +119,7 @@ def extra_axis(a: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", [*STEP_ARRAYS, "adapters", *ROW_ARRAYS])
 def test_types_shapes_and_layouts_are_checked(name: str, damage: Callable[[np.ndarray], np.ndarray]) -> None:
     batch = good_batch()
-    owner: Any = batch.sampling if name in ROW_ARRAYS else batch
-    setattr(owner, name, damage(getattr(owner, name)))
+    change(batch, name, damage)
     with pytest.raises(ValueError, match=f"{name}: expected "):
         check(batch)
 
@@ -89,8 +127,7 @@ def test_types_shapes_and_layouts_are_checked(name: str, damage: Callable[[np.nd
 @pytest.mark.parametrize("name", ["logits", "hidden", *(name for name in ROW_ARRAYS if name != "masks")])
 def test_lengths_are_checked(name: str) -> None:
     batch = good_batch()
-    owner: Any = batch.sampling if name in ROW_ARRAYS else batch
-    setattr(owner, name, getattr(owner, name)[:-1].copy())
+    change(batch, name, lambda array: array[:-1].copy())
     with pytest.raises(ValueError, match="expected"):
         check(batch)
 
@@ -202,9 +239,26 @@ def test_indices_of_sampling_are_checked(name: str, index: int, value: float, me
 def test_a_row_may_not_ask_for_a_mask_that_is_not_there() -> None:
     batch = good_batch()
     assert batch.sampling is not None
-    batch.sampling.masks = batch.sampling.mask_ready = None
+    batch.sampling = dataclasses.replace(batch.sampling, masks=None, mask_ready=None)
     with pytest.raises(ValueError, match=r"mask_rows: expected values in \[-1, 0\), got \[1, 0\]"):
         check(batch)
+
+
+EDGES = [-(2**31), -3, -2, -1, 0, 1, 2, 3, 7, 8, 31, 32, 35, 36, 37, 99, 100, 101, 300, 301, 2**31 - 1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(STEP_ARRAYS[:6] + ROW_ARRAYS), st.integers(0, 2**20), st.sampled_from([*EDGES, np.nan]))
+def test_builds_refuse_just_what_the_checks_in_python_refuse(name: str, where: int, value: float) -> None:
+    batch = good_batch()
+    array = getattr(batch if name in STEP_ARRAYS else batch.sampling, name)
+    if np.isnan(value) and array.dtype != np.float32:
+        return
+    if name == "mask_ready" and value == 0:
+        return  # a step waits for a mask that is not ready
+    array.flat[where % array.size] = value % 2**32 if array.dtype.kind == "u" else value
+    with contextlib.suppress(ValueError):
+        check(batch)  # which compares the two
 
 
 def test_a_step_has_a_token() -> None:
