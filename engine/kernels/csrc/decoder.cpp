@@ -143,6 +143,11 @@ void Decoder::prepare(const Step& step) {
         work_[p] = work_of(phases_[p]);
 }
 
+// The head leaves next to nothing of its rows, so all threads may share them, and read its weights once.
+int Decoder::rows_of_tile(Op op, int rows) const {
+    return tile_rows(rows, op == Op::kHead ? 1 : team_.size());
+}
+
 Team::Work Decoder::work_of(const Phase& phase) const {
     const int row_tiles = ceil_div(step_.num_tokens, kRowsPerTile);
     // Few rows: a tile is half a strip, so that no thread waits long for another. A thread takes both halves of a strip
@@ -150,7 +155,7 @@ Team::Work Decoder::work_of(const Phase& phase) const {
     const auto projection = [&](int rows, bool halves) -> Team::Work {
         if (halves && rows <= kMaxRows)
             return {2 * phase.w->num_strips(), 2};
-        return {phase.w->num_strips() * ceil_div(rows, tile_rows(*phase.w, rows, team_.size())), 1};
+        return {phase.w->num_strips() * ceil_div(rows, rows_of_tile(phase.op, rows)), 1};
     };
     const bool wants_logits = step_.num_rows > 0 && (step_.logits || step_.sampling);
     switch (phase.op) {
@@ -243,9 +248,19 @@ void Decoder::norm_row(const float* x, const float* weight, const Matrix& w, Act
     quantize_row(normed, shape_.hidden, to.quants(), row);
 }
 
+// Rows [begin, end) of `from`, float32 [k], and the lines that their quants go to, fetched: threads share both.
+void Decoder::fetch_rows(const float* from, int k, int begin, int end, const Matrix& w) {
+    for (int64_t at = static_cast<int64_t>(begin) * k; at < static_cast<int64_t>(end) * k; at += kLanes)
+        __builtin_prefetch(from + at);
+    static_assert(kRowsPerTile == kMaxRows);
+    for (int group = 0; w.quantized() && group < k / kGroup; ++group)
+        fetch_group(k, shared_.quants(), begin, group);
+}
+
 void Decoder::norm_rows(const float* weight, const Matrix& w, int tile, int thread) {
-    const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
-    for (int row = tile * kRowsPerTile; row < end; ++row)
+    const int begin = tile * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
+    fetch_rows(x_.data(), shape_.hidden, begin, end, w);
+    for (int row = begin; row < end; ++row)
         norm_row(x_.data() + static_cast<int64_t>(row) * shape_.hidden, weight, w, shared_, row, thread);
 }
 
@@ -280,14 +295,25 @@ void Decoder::project(int phase, int first, int last, int thread) {
     const auto [op, layer, matrix] = phases_[phase];
     const Matrix& w = *matrix;
     const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
-    const int size = tile_rows(w, num_rows, team_.size()), chunks = ceil_div(num_rows, size);
-    const bool halves = work_[phase].grain == 2; // one chunk
-    const int strip = halves ? first / 2 : first / chunks, chunk = halves ? 0 : first % chunks;
+    const int size = rows_of_tile(op, num_rows);
+    const bool halves = work_[phase].grain == 2; // of all rows
+    const int strip = halves ? first / 2 : first % w.num_strips(), chunk = halves ? 0 : first / w.num_strips();
     const int first_half = halves ? first % 2 : 0, last_half = halves ? last - 2 * strip : 2;
     const int begin = chunk * size, count = std::min(size, num_rows - begin);
     const InputRows x = input_of(phase, thread);
     alignas(64) float out[kMaxRows * kStrip];
-    project_tile(w, strip, first_half, last_half, x, begin, count, chunk, chunks, out, [&](int row, int rows) {
+    // What the epilogue writes other threads have read: to own its lines takes as long as to read them, and stores wait
+    // for that one by one, so they are fetched before the pass.
+    const auto fetch = [&](int row, int rows) {
+        if (op == Op::kGateUp && weights_.layers[layer].down.quantized())
+            return fetch_group(shape_.intermediate, gated_.quants(), row, strip);
+        float* to = op == Op::kQkv ? qkv_.data() : op == Op::kOut || op == Op::kDown ? x_.data() : nullptr;
+        for (int r = row; to && r < row + rows; ++r) {
+            for (int c = first_half * 32; c < last_half * 32; c += kLanes)
+                __builtin_prefetch(to + static_cast<int64_t>(r) * w.n + strip * kStrip + c, 1);
+        }
+    };
+    project_tile(w, strip, first_half, last_half, x, begin, count, out, fetch, [&](int row, int rows) {
         epilogue(op, layer, w, row, rows, strip * kStrip, first_half * 32, last_half * 32, thread, out);
     });
 }
@@ -393,6 +419,7 @@ void Decoder::merge(const Matrix& w, int index) {
     if (own_activations_ || !w.quantized())
         return attention_.merge(index, attended_.data());
     const int begin = index * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
+    fetch_rows(attended_.data(), w.k, begin, end, w);
     for (int i = 0; i < attention_.num_split_rows(); ++i) {
         if (attention_.split_row(i) >= begin && attention_.split_row(i) < end)
             attention_.merge(i, attended_.data());

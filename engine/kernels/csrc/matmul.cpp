@@ -23,6 +23,15 @@ void quantize_group(const float* x, int k, const QuantRows& to, int row, int gro
     to.start[at] = -8 * sum;
 }
 
+void fetch_group(int k, const QuantRows& to, int row, int group) {
+    const int64_t at = (static_cast<int64_t>(row / kMaxRows) * (k / kGroup) + group) * kMaxRows;
+    for (int line = 0; line < kMaxRows * kGroup; line += 64)
+        __builtin_prefetch(to.q + at * kGroup + line, 1);
+    __builtin_prefetch(to.scale + at, 1);
+    __builtin_prefetch(to.scaled_sum + at, 1);
+    __builtin_prefetch(to.start + at, 1);
+}
+
 void quantize_row(const float* x, int k, const QuantRows& to, int row) {
     for (int g = 0; g < k / kGroup; ++g)
         quantize_group(x + g * kGroup, k, to, row, g);
@@ -203,7 +212,6 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
 template <int BITS, bool MIN>
 void dispatch_rows(const Matrix& w, const uint8_t* strip, int first, int last, const QuantRows& x, int row, int rows,
                    float* out, Ahead ahead) {
-    const int groups = w.num_groups();
     switch (rows) {
     case 1:
         return strip_rows<BITS, MIN, 1>(w, strip, first, last, x, row, out, ahead);
@@ -245,21 +253,12 @@ void project_strip(const Matrix& w, int strip, int first_half, int last_half, co
                  : dispatch_rows<8, false>(w, data, first_half, last_half, x.quants, row, rows, out, ahead);
 }
 
-int tile_rows(const Matrix& w, int rows, int threads) {
+int tile_rows(int rows, int threads) {
     const auto divided = [](int a, int b) { return (a + b - 1) / b; }; // rounded up
-    if (rows <= kMaxRows)
-        return kMaxRows;
-    int even = 0;
-    for (int chunks = divided(rows, kTileRows);; ++chunks) {
-        const int size = divided(divided(rows, chunks), kMaxRows) * kMaxRows;
-        const int tiles = w.num_strips() * divided(rows, size), idle = divided(tiles, threads) * threads - tiles;
-        if (even == 0)
-            even = size;
-        if (idle * 32 <= tiles)
-            return size;
-        if (size == kMaxRows)
-            return even;
-    }
+    // A thread with one pass over each strip would be bound by reading them.
+    const int own = std::min(threads, rows / (2 * kMaxRows));
+    const int chunks = std::max({divided(rows, kTileRows), own, 1});
+    return std::max(divided(divided(rows, chunks), kMaxRows), 1) * kMaxRows;
 }
 
 void dequantize_row(const Matrix& w, int n, float* out) {

@@ -45,6 +45,8 @@ struct InputRows {
 
 // 32 values x into group `group` of row `row` of `to`, whose rows have k values.
 void quantize_group(const float* x, int k, const QuantRows& to, int row, int group);
+// Fetches the lines that quantize_group() changes for the rows of a block of kMaxRows, to be written.
+void fetch_group(int k, const QuantRows& to, int row, int group);
 // One row x float32 [k] into row `row` of `to`.
 void quantize_row(const float* x, int k, const QuantRows& to, int row);
 
@@ -68,27 +70,25 @@ void project_strip(const Matrix& w, int strip, int first_half, int last_half, co
 void project_strip_bf16(const Matrix& w, int strip, int first_half, int last_half, const float* x, int row, int rows,
                         float* out); // where project_strip goes with bfloat16
 
-// Chunk number `chunk` of `chunks` of a strip's rows, `count` rows from `begin` on, in passes; then(row, rows), which
-// finds their sums in `out`, comes after each. A thread computes the chunks of one strip one after the other.
-template <class Then>
+// `count` rows of a strip from `begin` on, in passes; before(row, rows) precedes each, then(row, rows), which finds
+// their sums in `out`, follows it. A thread goes on with the next strip.
+template <class Before, class Then>
 void project_tile(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int begin, int count,
-                  int chunk, int chunks, float* out, const Then& then) {
+                  float* out, const Before& before, const Then& then) {
     const int passes = (count + kMaxRows - 1) / kMaxRows;
     for (int pass = 0; pass < passes; ++pass) {
         const int row = begin + pass * kMaxRows, rows = std::min(kMaxRows, begin + count - row);
-        Ahead ahead;
-        if (pass > 0 && chunk == chunks - 1)
-            ahead = next_strip(w, strip, pass, passes);
-        else if (pass > 0 || chunk > 0)
-            ahead = {w.data, 0}; // what is needed is here
-        project_strip(w, strip, first_half, last_half, x, row, rows, out, ahead);
+        before(row, rows);
+        project_strip(w, strip, first_half, last_half, x, row, rows, out,
+                      pass > 0 ? next_strip(w, strip, pass, passes) : Ahead{});
         then(row, rows);
     }
 }
 
-// Rows of one unit of work of a projection of `rows` rows, a multiple of kMaxRows: fewer than kTileRows where whole
-// strips cannot be shared out evenly among `threads`.
-int tile_rows(const Matrix& w, int rows, int threads);
+// Rows of one unit of work of a projection of `rows` rows, a multiple of kMaxRows and at most kTileRows. Units of the
+// same rows lie side by side, strip after strip. Where there are rows enough every thread has its own, so that what one
+// phase makes of them the next finds in the same core's caches.
+int tile_rows(int rows, int threads);
 
 // Row `n` of the matrix, dequantized, float32 [k].
 void dequantize_row(const Matrix& w, int n, float* out);

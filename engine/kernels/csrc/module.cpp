@@ -309,15 +309,15 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
     const std::vector<float> values(q.size(), 0.03f);
     const InputRows x{{q.data(), scale.data(), scaled_sum.data(), start.data()}, values.data()};
     Team team(threads, turns);
-    const int size = tile_rows(w, m, threads), chunks = (m + size - 1) / size;
-    const std::vector<Team::Work> work(static_cast<size_t>(turns), {w.num_strips() * chunks, 1});
+    const int size = tile_rows(m, threads), strips = w.num_strips();
+    const std::vector<Team::Work> work(static_cast<size_t>(turns), {strips * ((m + size - 1) / size), 1});
     const Team::Tiles tiles = [&](int turn, int index, int, int) {
         Matrix mine = w;
         mine.data += turn % copies * w.nbytes();
         alignas(64) float out[kMaxRows * kStrip];
-        const int chunk = index % chunks, begin = chunk * size;
-        project_tile(mine, index / chunks, 0, 2, x, begin, std::min(size, m - begin), chunk, chunks, out,
-                     [](int, int) {});
+        const int begin = index / strips * size;
+        project_tile(
+            mine, index % strips, 0, 2, x, begin, std::min(size, m - begin), out, [](int, int) {}, [](int, int) {});
     };
     const auto now = [] { return std::chrono::steady_clock::now(); };
     const auto start_time = now();

@@ -1,12 +1,15 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <thread>
+#include <utility>
 
 #include "simd.h"
 
@@ -17,6 +20,7 @@ constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr int kRun = 1024;   // tokens that are searched, and whose weights are summed, together
 constexpr int kCuts = 3;     // cuts of one pass of a selection
 constexpr int kSorted = 256; // tokens left between two cuts that are sorted at last
+constexpr int kSample = 128; // tokens from which a selection guesses its first cuts
 
 // Penalties, bias and mask; what is not finite afterwards is forbidden.
 void adjust(const Sampling& how, int r, float* logits, int vocab, std::vector<int32_t>& counts) {
@@ -61,32 +65,43 @@ bool adjusted(const Sampling& how, int r) {
            (how.mask_rows && how.mask_rows[r] >= 0);
 }
 
-// The tokens that may be drawn. Arrays are padded to whole vectors with tokens that may not.
+// The tokens that may be drawn, by rising id. Arrays are padded to whole vectors with tokens that may not.
 class Candidates {
   public:
-    // weights[t] = e^((logit - largest) / temperature), 0 where forbidden or below `floor`.
-    Candidates(const float* logits, int vocab, float largest, float temperature, float floor, SamplerScratch& scratch)
-        : padded_((vocab + kLanes - 1) / kLanes * kLanes), largest_(largest), scratch_(scratch) {
+    // weights[t] = e^((logit - largest) / temperature), 0 where forbidden or below `floor`; none yet where `later`,
+    // when keep_count() follows and leaves fewer to compute.
+    Candidates(const float* logits, int vocab, float largest, float temperature, float floor, bool later,
+               SamplerScratch& scratch)
+        : padded_((vocab + kLanes - 1) / kLanes * kLanes), largest_(largest), temperature_(temperature),
+          scratch_(scratch) {
         scratch.keys.resize(static_cast<size_t>(padded_));
         scratch.weights.resize(static_cast<size_t>(padded_));
         scratch.runs.resize(static_cast<size_t>((padded_ + kRun - 1) / kRun));
         keys_ = scratch.keys.data();
         weights_ = scratch.weights.data();
-        const F32 top = set1(largest), t = set1(temperature), least = set1(floor), inf = set1(HUGE_VALF);
+        const F32 least = set1(floor), inf = set1(HUGE_VALF);
         float tail[kLanes];
         std::fill_n(tail, kLanes, kMinusInf);
         std::copy(logits + (padded_ == vocab ? padded_ : padded_ - kLanes), logits + vocab, tail);
         F32 smallest = inf;
-        each_run([&](int i) {
+        const auto key_of = [&](int i) SERAPH_INLINE_LAMBDA {
             const F32 x = load(i + kLanes <= vocab ? logits + i : tail);
             const F32 key = select(less(x, inf), x, set1(kMinusInf));
             smallest = min(smallest, select(less(set1(kMinusInf), key), key, inf));
-            F32 w = exp((key - top) / t);
-            w = select(less(w, least), zero_f32(), w);
             store(keys_ + i, key);
-            store(weights_ + i, w);
-            return w;
-        });
+            return key;
+        };
+        if (later) {
+            for (int i = 0; i < padded_; i += kLanes)
+                key_of(i);
+        } else {
+            each_run([&](int i) {
+                F32 w = weight_of(key_of(i));
+                w = select(less(w, least), zero_f32(), w);
+                store(weights_ + i, w);
+                return w;
+            });
+        }
         float lanes[kLanes];
         store(lanes, smallest);
         smallest_ = *std::min_element(lanes, lanes + kLanes);
@@ -101,40 +116,41 @@ class Candidates {
     void drop_below(float floor) {
         const F32 least = set1(floor);
         each_run([&](int i) {
-            const F32 w = load(weights_ + i);
+            const F32 w = weights_left(i);
             const F32 kept = select(less(w, least), zero_f32(), w);
             store(weights_ + i, kept);
             return kept;
         });
+        least_key_ = kMinusInf;
     }
 
     // The first token whose running sum of weights, in order of ids, passes u times the whole.
     int32_t draw(double u) const {
         const double target = u * total_;
         double before = 0;
-        int32_t last_positive = -1;
+        int last_positive = -1;
         for (int from = 0; from < padded_; from += kRun) {
-            const double sum = scratch_.runs[from / kRun];
+            const double sum = least_key_ == kMinusInf ? scratch_.runs[from / kRun] : run_left(from);
             const bool here = before + sum > target;
             if (here || from + kRun >= padded_) {
                 double running = before;
-                for (int t = from; t < std::min(from + kRun, padded_); ++t) {
-                    if (weights_[t] == 0)
+                for (int i = from; i < std::min(from + kRun, padded_); ++i) {
+                    if (weights_[i] == 0 || keys_[i] < least_key_)
                         continue;
-                    last_positive = t;
-                    running += static_cast<double>(weights_[t]);
+                    last_positive = i;
+                    running += static_cast<double>(weights_[i]);
                     if (running > target)
-                        return t;
+                        return token_at(i);
                 }
                 // Summed in another order the run fell short by a rounding: its last token.
                 if (here && last_positive >= 0)
-                    return last_positive;
+                    return token_at(last_positive);
             }
             before += sum;
         }
-        for (int t = padded_ - 1; t >= 0; --t) {
-            if (weights_[t] > 0)
-                return t;
+        for (int i = padded_ - 1; i >= 0; --i) {
+            if (weights_[i] > 0 && keys_[i] >= least_key_)
+                return token_at(i);
         }
         return -1;
     }
@@ -154,6 +170,40 @@ class Candidates {
             scratch_.runs[from / kRun] = run;
             total_ += run;
         }
+    }
+
+    F32 weight_of(F32 key) const { return exp((key - set1(largest_)) / set1(temperature_)); }
+
+    // The weights from i on of what a selection by mass has left.
+    F32 weights_left(int i) const {
+        return select(less(load(keys_ + i), set1(least_key_)), zero_f32(), load(weights_ + i));
+    }
+
+    double run_left(int from) const {
+        F32 sum = zero_f32();
+        for (int i = from; i < std::min(from + kRun, padded_); i += kLanes)
+            sum = sum + weights_left(i);
+        return static_cast<double>(reduce_add(sum));
+    }
+
+    int32_t token_at(int i) const { return ids_ ? ids_[i] : i; }
+
+    // Puts the `count` tokens at the rising places `at` together: what follows goes over them alone.
+    void compact(const int32_t* at, int count) {
+        std::vector<int32_t>& ids = scratch_.ids;
+        padded_ = (count + kLanes - 1) / kLanes * kLanes;
+        ids.resize(std::max(ids.size(), static_cast<size_t>(padded_)));
+        for (int i = 0; i < count; ++i) { // nothing is written that is still to be read
+            ids[i] = token_at(at[i]);
+            keys_[i] = keys_[at[i]];
+        }
+        std::fill(keys_ + count, keys_ + padded_, kMinusInf);
+        ids_ = ids.data();
+        each_run([&](int i) {
+            const F32 w = weight_of(load(keys_ + i));
+            store(weights_ + i, w);
+            return w;
+        });
     }
 
     struct Measure {
@@ -194,22 +244,29 @@ class Candidates {
         return all;
     }
 
-    // Copies the tokens from `low` to below `high` together: what further passes look at.
-    void gather(float low, float high) {
+    // Copies the tokens from `low` to below `high`, at most `most`, together: what further passes look at.
+    template <bool MASS>
+    void gather(float low, float high, double most) {
         std::vector<int32_t>& tokens = scratch_.tokens;
-        tokens.clear();
+        tokens.resize(static_cast<size_t>(most));
         const F32 from = set1(low), to = set1(high);
+        int32_t* next = tokens.data();
         for (int i = 0; i < padded_; i += kLanes) {
             const F32 key = load(keys_ + i);
             for (uint32_t bits = lanes_of(less(key, to)) & ~lanes_of(less(key, from)); bits; bits &= bits - 1)
-                tokens.push_back(i + __builtin_ctz(bits));
+                *next++ = i + std::countr_zero(bits);
         }
-        const size_t size = (tokens.size() + kLanes - 1) / kLanes * kLanes;
-        scratch_.near_keys.assign(size, kMinusInf);
-        scratch_.near_weights.assign(size, 0.0f);
-        for (size_t i = 0; i < tokens.size(); ++i) {
-            scratch_.near_keys[i] = keys_[tokens[i]];
-            scratch_.near_weights[i] = weights_[tokens[i]];
+        const size_t count = static_cast<size_t>(next - tokens.data()), size = (count + kLanes - 1) / kLanes * kLanes;
+        tokens.resize(count);
+        scratch_.near_keys.resize(size);
+        scratch_.near_weights.resize(size);
+        float *keys = scratch_.near_keys.data(), *weights = scratch_.near_weights.data();
+        std::fill(keys + count, keys + size, kMinusInf);
+        std::fill(weights + count, weights + size, 0.0f);
+        for (size_t i = 0; i < count; ++i) {
+            keys[i] = keys_[tokens[i]];
+            if constexpr (MASS)
+                weights[i] = weights_[tokens[i]];
         }
     }
 
@@ -220,19 +277,25 @@ class Candidates {
     template <bool MASS>
     void keep(double target) {
         float low = smallest_, high = std::nextafter(largest_, HUGE_VALF);
+        const float all = high;
         double count_low = num_left_, count_high = 0, above = 0;
         bool gathered = false;
-        double gathered_count = 0, gathered_mass = 0; // at or above the `high` of that moment
+        double gathered_count = 0, gathered_mass = 0; // of what is not gathered, though at or above `low`
+        float cuts[kCuts];
+        bool guessed = guess<MASS>(target, cuts);
         for (int round = 0; count_low - count_high > kSorted && std::nextafter(low, high) < high; ++round) {
-            if (!gathered && count_low - count_high <= padded_ / 16) {
-                gather(low, high);
+            if (!gathered && count_low <= padded_ / 16) {
+                gather<MASS>(low, all, count_low);
+                gathered = true;
+            } else if (!gathered && count_low - count_high <= padded_ / 8) {
+                gather<MASS>(low, high, count_low - count_high);
                 gathered = true;
                 gathered_count = count_high;
                 gathered_mass = above;
             }
-            float cuts[kCuts];
-            for (int c = 0; c < kCuts; ++c)
+            for (int c = 0; c < kCuts && !guessed; ++c)
                 cuts[c] = between(low, high, c + 1, round % 4 == 3);
+            guessed = false;
             const Measure m = gathered ? measure<MASS>(scratch_.near_keys.data(), scratch_.near_weights.data(),
                                                        static_cast<int>(scratch_.near_keys.size()), cuts)
                                        : measure<MASS>(keys_, weights_, padded_, cuts);
@@ -249,33 +312,72 @@ class Candidates {
                 }
             }
         }
-        std::vector<int32_t>& tokens = scratch_.tokens;
-        if (gathered)
-            std::erase_if(tokens, [&](int t) { return keys_[t] < low || keys_[t] >= high; });
-        else
-            gather(low, high);
+        if (!gathered)
+            count_low <= padded_ / 16 ? gather<MASS>(low, all, count_low)
+                                      : gather<MASS>(low, high, count_low - count_high);
+        // Of those at `low` or above, which are all gathered where they are few, those from `high` on are kept anyway.
+        std::vector<int32_t>&tokens = scratch_.tokens, &nearest = scratch_.nearest;
+        nearest.clear();
+        std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(nearest),
+                     [&](int t) { return keys_[t] >= low && keys_[t] < high; });
         if (std::nextafter(low, high) < high) {
-            std::sort(tokens.begin(), tokens.end(),
+            std::sort(nearest.begin(), nearest.end(),
                       [&](int a, int b) { return keys_[a] != keys_[b] ? keys_[a] > keys_[b] : a < b; });
         }
         size_t kept = 0;
-        while (kept < tokens.size() && (above < target || (kept == 0 && count_high == 0))) {
-            above += MASS ? static_cast<double>(weights_[tokens[kept]]) : 1.0;
+        while (kept < nearest.size() && (above < target || (kept == 0 && count_high == 0))) {
+            above += MASS ? static_cast<double>(weights_[nearest[kept]]) : 1.0;
             ++kept;
         }
-        for (size_t i = kept; i < tokens.size(); ++i)
-            keys_[tokens[i]] = kMinusInf;
+        for (size_t i = kept; i < nearest.size(); ++i)
+            keys_[nearest[i]] = kMinusInf;
+        smallest_ = low;
+        num_left_ = count_high + static_cast<double>(kept);
+        if (gathered_count == 0 && count_low <= padded_ / 16) {
+            std::erase_if(tokens, [&](int t) { return keys_[t] < low; });
+            return compact(tokens.data(), static_cast<int>(tokens.size()));
+        }
+        if constexpr (MASS) { // nothing looks at keys afterwards, and a draw seldom at all weights
+            least_key_ = low;
+            total_ = above;
+            return;
+        }
         const F32 from = set1(low);
         each_run([&](int i) {
             const F32 key = load(keys_ + i);
             const Mask dropped = less(key, from);
-            const F32 w = select(dropped, zero_f32(), load(weights_ + i));
+            const F32 w = select(dropped, zero_f32(), weight_of(key));
             store(keys_ + i, select(dropped, set1(kMinusInf), key));
             store(weights_ + i, w);
             return w;
         });
-        smallest_ = low;
-        num_left_ = count_high + static_cast<double>(kept);
+    }
+
+    // The first cuts of a selection, rising, from how the target lies among a few tokens; false where all are few. Most
+    // often what is left between two of them is little enough to be gathered.
+    template <bool MASS>
+    bool guess(double target, float* cuts) const {
+        const int stride = padded_ / kSample;
+        if (stride < 8)
+            return false;
+        std::array<std::pair<float, float>, kSample> sample; // keys and weights
+        double mass = 0;
+        for (int i = 0; i < kSample; ++i) {
+            sample[i] = {keys_[i * stride], MASS ? weights_[i * stride] : 1.0f};
+            mass += static_cast<double>(sample[i].second);
+        }
+        std::sort(sample.begin(), sample.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+        const double share = target / (MASS ? total_ : static_cast<double>(padded_)) * mass;
+        int at = 0;
+        for (double above = static_cast<double>(sample[0].second); above < share && at < kSample - 1;)
+            above += static_cast<double>(sample[++at].second);
+        const int margin = 4 + at * (kSample - at) / (8 * kSample);
+        const int ranks[kCuts] = {at + margin, at, at - margin};
+        for (int c = 0; c < kCuts; ++c) {
+            const float key = sample[std::clamp(ranks[c], 0, kSample - 1)].first;
+            cuts[c] = std::clamp(key, std::nextafter(smallest_, largest_), largest_);
+        }
+        return true;
     }
 
     // Cut c of kCuts between two floats, apart from both where there is room: evenly by value, or by number of floats,
@@ -303,8 +405,11 @@ class Candidates {
 
     int padded_;
     float largest_, smallest_; // of the finite logits that are left
+    float temperature_;
+    float least_key_ = kMinusInf; // what a selection by mass left is at or above it; others' weights are still there
     SamplerScratch& scratch_;
-    float *keys_, *weights_; // logits, -inf where forbidden; their weights
+    float *keys_, *weights_;       // logits, -inf where forbidden; their weights
+    const int32_t* ids_ = nullptr; // their tokens, where they are not all of them
     double total_ = 0;
     double num_left_ = padded_; // tokens that may be left; what is forbidden counts, at first
 };
@@ -397,8 +502,9 @@ int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, S
         return top;
     const bool select = how.top_k[r] > 0 || how.top_p[r] < 1;
     // Selection counts the mass of all tokens, so min_p comes after it.
-    Candidates left(logits, vocab, logits[top], temperature, select ? 0.0f : how.min_p[r], scratch);
-    if (how.top_k[r] > 0 && how.top_k[r] < vocab)
+    const bool by_count = how.top_k[r] > 0 && how.top_k[r] < vocab;
+    Candidates left(logits, vocab, logits[top], temperature, select ? 0.0f : how.min_p[r], by_count, scratch);
+    if (by_count)
         left.keep_count(how.top_k[r]);
     if (how.top_p[r] < 1)
         left.keep_mass(static_cast<double>(how.top_p[r]));

@@ -28,7 +28,9 @@ struct SamplerScratch {
     std::vector<int32_t> counts;      // [vocab], zero between calls
     std::vector<float> keys, weights; // [vocab, padded to whole vectors]
     std::vector<double> runs;         // sums of weights
-    std::vector<int32_t> tokens;      // those close to a limit of a selection
+    std::vector<int32_t> tokens;      // those close to a limit of a selection, or above it
+    std::vector<int32_t> nearest;     // of them, those that are sorted
+    std::vector<int32_t> ids;         // those that selections have left
     std::vector<float> near_keys, near_weights;
 };
 

@@ -98,6 +98,10 @@ void Team::run(const std::vector<Work>& work, const Tiles& tiles, const After& a
 
 void Team::compute(uint64_t step, int thread, int num_phases, const After& after) {
     for (int p = 0; p < num_phases; ++p) {
+        if (p + 1 < num_phases) { // what the next phase begins with lies in the cache of another core
+            __builtin_prefetch(&phases_[p + 1]);
+            __builtin_prefetch(&shares_[(p + 1) * threads_ + thread], 1);
+        }
         for (int i = 0; i < threads_; ++i) {
             if (!compute_share(step, p, (thread + i) % threads_, thread))
                 return;
@@ -112,13 +116,13 @@ void Team::compute(uint64_t step, int thread, int num_phases, const After& after
 bool Team::compute_share(uint64_t step, int p, int owner, int thread) {
     Phase& phase = phases_[p];
     Share& share = shares_[p * threads_ + owner];
-    uint64_t ticket = share.ticket.load();
+    uint64_t ticket = share.ticket.load(), done = 0;
     for (;;) {
         if (ticket >> 40 != (step & kStepMask))
-            return false;
+            return false; // so done is 0: tiles that are not counted yet keep the step from ending
         const int next = static_cast<int>(ticket & kTwenty), end = static_cast<int>(ticket >> 20 & kTwenty);
         if (next >= end)
-            return true;
+            break;
         int first, last;
         if (owner == thread) { // up to the next multiple of the grain
             first = next;
@@ -132,11 +136,14 @@ bool Team::compute_share(uint64_t step, int p, int owner, int thread) {
             continue;
         // Holding a tile keeps the step from ending, so tiles_ and all it refers to are this step's.
         (*tiles_)(p, first, last, thread);
-        const uint64_t count = static_cast<uint64_t>(last - first);
-        if ((phase.left.fetch_sub(count) & 0xffffffffu) == count && waiting_.load() > 0)
-            futex_wake_all(phase.left);
+        done += static_cast<uint64_t>(last - first);
         ticket = share.ticket.load();
     }
+    // Counted once a share: every thread writes this line, and to get it from another core takes as long as a small
+    // tile.
+    if (done > 0 && (phase.left.fetch_sub(done) & 0xffffffffu) == done && waiting_.load() > 0)
+        futex_wake_all(phase.left);
+    return true;
 }
 
 void Team::wait_done(Phase& phase, uint64_t step) {
