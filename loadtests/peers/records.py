@@ -89,8 +89,9 @@ class Results:
             case Header():
                 raise RecordsError("a second header")
 
-    def choice(self, pair: str, system: str, family: str) -> Choice | None:
-        found = (c for c in self.choices if (c.pair, c.system, c.family) == (pair, system, family))
+    def choice(self, pair: str | None, system: str, family: str) -> Choice | None:
+        """What was found in one comparison, or in any."""
+        found = (c for c in self.choices if (c.system, c.family) == (system, family) and pair in (None, c.pair))
         return next(found, None)
 
     def has(self, round: int, pair: str, system: str, task: str) -> bool:

@@ -309,19 +309,6 @@ void KvCache::write(int block, int layer, int head, int slot, const float* key, 
     }
 }
 
-void KvCache::fetch(int block, int layer, int head, int slot) const {
-    const uint8_t *k = keys(block, layer, head), *v = values(block, layer, head);
-    const int bytes = int8 ? 1 : 2, pair_bytes = 2 * bytes;
-    for (int pair = 0; pair < head_dim / 2; ++pair)
-        __builtin_prefetch(k + (pair * kBlock + slot) * pair_bytes, 1);
-    for (int at = 0; at < head_dim * pair_bytes; at += 64)
-        __builtin_prefetch(v + slot / 2 * head_dim * pair_bytes + at, 1);
-    if (int8) {
-        __builtin_prefetch(scales_of(k, head_dim) + slot, 1);
-        __builtin_prefetch(scales_of(v, head_dim) + slot, 1);
-    }
-}
-
 Query quantized_query(const float* x, int head_dim, int16_t* quants) {
     const float amax = largest_size(x, head_dim);
     const F32 levels = set1(levels_per_unit(amax, kMost16));

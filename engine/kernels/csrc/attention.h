@@ -31,8 +31,6 @@ struct KvCache {
 
     // Writes one token's key and value, float32 [head_dim] each, into its slot.
     void write(int block, int layer, int head, int slot, const float* key, const float* value) const;
-    // Fetches the lines that write() changes.
-    void fetch(int block, int layer, int head, int slot) const;
 };
 
 // Softmax state of one query vector: running maximum, 16 partial sums, unnormalized output.

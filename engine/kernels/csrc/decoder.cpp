@@ -248,19 +248,9 @@ void Decoder::norm_row(const float* x, const float* weight, const Matrix& w, Act
     quantize_row(normed, shape_.hidden, to.quants(), row);
 }
 
-// Rows [begin, end) of `from`, float32 [k], and the lines that their quants go to, fetched: threads share both.
-void Decoder::fetch_rows(const float* from, int k, int begin, int end, const Matrix& w) {
-    for (int64_t at = static_cast<int64_t>(begin) * k; at < static_cast<int64_t>(end) * k; at += kLanes)
-        __builtin_prefetch(from + at);
-    static_assert(kRowsPerTile == kMaxRows);
-    for (int group = 0; w.quantized() && group < k / kGroup; ++group)
-        fetch_group(k, shared_.quants(), begin, group);
-}
-
 void Decoder::norm_rows(const float* weight, const Matrix& w, int tile, int thread) {
-    const int begin = tile * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
-    fetch_rows(x_.data(), shape_.hidden, begin, end, w);
-    for (int row = begin; row < end; ++row)
+    const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
+    for (int row = tile * kRowsPerTile; row < end; ++row)
         norm_row(x_.data() + static_cast<int64_t>(row) * shape_.hidden, weight, w, shared_, row, thread);
 }
 
@@ -376,10 +366,6 @@ void Decoder::rope(int layer, int tile, int thread) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     float* key = scratch_[thread].data();
     const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
-    const auto block_of = [this](int row) {
-        const int32_t* table = step_.block_tables + static_cast<int64_t>(request_of_[row]) * step_.max_blocks;
-        return table[step_.positions[row] / kBlock];
-    };
     for (int row = tile * kRowsPerTile; row < end; ++row) {
         float* qkv = qkv_.data() + static_cast<int64_t>(row) * (q_size + 2 * kv_size);
         const int position = step_.positions[row];
@@ -400,12 +386,8 @@ void Decoder::rope(int layer, int tile, int thread) {
         };
         for (int h = 0; h < shape_.num_heads; ++h)
             rotate(qkv + h * d, scale, qkv + h * d);
-        const int block = block_of(row);
-        // Stores that miss the caches end one after another, so where the next row's go is fetched before.
-        if (row + 1 < end && block_of(row + 1) != block) {
-            for (int h = 0; h < shape_.num_kv_heads; ++h)
-                kv_.fetch(block_of(row + 1), layer, h, step_.positions[row + 1] % kBlock);
-        }
+        const int32_t* table = step_.block_tables + static_cast<int64_t>(request_of_[row]) * step_.max_blocks;
+        const int block = table[position / kBlock];
         for (int h = 0; h < shape_.num_kv_heads; ++h) {
             rotate(qkv + q_size + h * d, 1.0f, key);
             kv_.write(block, layer, h, position % kBlock, key, qkv + q_size + kv_size + h * d);
@@ -419,7 +401,6 @@ void Decoder::merge(const Matrix& w, int index) {
     if (own_activations_ || !w.quantized())
         return attention_.merge(index, attended_.data());
     const int begin = index * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
-    fetch_rows(attended_.data(), w.k, begin, end, w);
     for (int i = 0; i < attention_.num_split_rows(); ++i) {
         if (attention_.split_row(i) >= begin && attention_.split_row(i) < end)
             attention_.merge(i, attended_.data());

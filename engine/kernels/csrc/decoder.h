@@ -88,7 +88,6 @@ class Decoder {
     void embed(int token);
     void norm(const float* x, const float* weight, float* out) const;
     void norm_row(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int thread);
-    void fetch_rows(const float* from, int k, int begin, int end, const Matrix& w);
     void norm_rows(const float* weight, const Matrix& w, int tile, int thread);
     InputRows input_of(int phase, int thread);
     void project(int phase, int first, int last, int thread);
