@@ -135,7 +135,7 @@ class Runner:
         task = turn.tasks[0].trial()
         rates: dict[str, list[float]] = {setting.label: [] for setting in candidates}
         failed: dict[str, SystemFailure] = {}
-        for _ in range(self.trials):
+        for _ in range(min(self.trials, self.systems[turn.system].most_trials)):
             for setting in candidates:
                 if setting.label in failed:
                     continue

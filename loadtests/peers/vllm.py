@@ -26,6 +26,7 @@ class Vllm:
         )
     }
     over_http = True
+    most_trials = 1
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
         make_folder(place, place.python)
