@@ -37,11 +37,22 @@ class Scheduled:
         }
 
 
+@dataclass(slots=True, frozen=True)
+class Copy:
+    """A sequence's block that begins as another one: that is copied over it before the step computes the rest."""
+
+    seq: Sequence
+    source: int  # referenced by the plan until it lands
+    target: int
+    num_tokens: int  # that are the same
+
+
 @dataclass(slots=True)
 class Plan:
     """Tokens per sequence, nothing else: one token after many (decoding) and many after none (prefill) are alike."""
 
     items: list[Scheduled] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     num_tokens: int = 0  # over all items
     ended: list[TokenDelta] = field(default_factory=list)  # requests that ended without computing (deadlines)
 

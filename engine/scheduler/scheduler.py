@@ -21,12 +21,12 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from engine.cache.prefix import PrefixCache
+from engine.cache.prefix import PARTS, PrefixCache
 from engine.config import BLOCK_SIZE
 from engine.errors import ContextLengthError, RequestError
 from engine.request import FinishReason, Request, TokenDelta
 from engine.scheduler.lookup import ROWS
-from engine.scheduler.plan import Plan
+from engine.scheduler.plan import Copy, Plan
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.sequence import Sequence, Status
 
@@ -219,6 +219,11 @@ class Scheduler:
     def drop(self, plan: Plan) -> None:
         """Forget a plan that was not computed; its tokens are scheduled anew."""
         self._land(plan)
+        for copy in plan.copies:  # made or not: what it would have brought is computed
+            copy.seq.num_computed -= copy.num_tokens
+            if copy.seq.num_cached_tokens > copy.seq.num_computed:
+                self.num_cached_tokens -= copy.seq.num_cached_tokens - copy.seq.num_computed
+                copy.seq.num_cached_tokens = copy.seq.num_computed
         for item in plan.items:
             if item.seq.status is Status.ENDED:
                 self._free(item.seq)
@@ -282,12 +287,15 @@ class Scheduler:
             if seq is None:
                 return
             hits = self.prefix.lookup(seq.chain, seq.tokens)
+            part = self.prefix.lookup_part(seq.chain, seq.tokens, len(hits))
             total = num_blocks_for(len(seq.tokens))
-            needed = total - len(hits) + sum(self.pool.num_refs(block) == 0 for block in hits)
-            if not self.pool.can_allocate(needed + promised):
+            needed = total - len(hits) + sum(self.pool.num_refs(block) == 0 for block in hits) + promised
+            if part is not None and not self.pool.can_allocate(needed + (self.pool.num_refs(part[0]) == 0)):
+                part = None  # the block that begins the same would have to stay beside its copy
+            if not self.pool.can_allocate(needed):
                 return
             self._queue.pop()
-            self._start(seq, hits)
+            self._start(seq, hits, part, plan)
             num_tokens = min(len(seq.tokens) - seq.num_computed, self.max_num_batched_tokens - plan.num_tokens)
             plan.add(seq, self._reserve(seq, num_tokens, plan))
             promised += _soon_wanted(seq)
@@ -316,12 +324,20 @@ class Scheduler:
         if seq.lookup is not None:
             seq.lookup.learn(num_proposed, num_accepted)
 
-    def _start(self, seq: Sequence, hits: list[int]) -> None:
+    def _start(self, seq: Sequence, hits: list[int], part: tuple[int, int] | None, plan: Plan) -> None:
+        """Admit a sequence with the blocks that were found of its prefix, and the beginning of one more."""
         self.prefix.acquire(hits, of=(len(seq.tokens) - 1) // BLOCK_SIZE)
         seq.status = Status.RUNNING
         seq.blocks = hits
         seq.num_computed = len(hits) * BLOCK_SIZE
         seq.num_registered = len(hits)
+        if part is not None:
+            source, num_tokens = part
+            self.pool.share(source)  # before anything is allocated, which might evict it
+            target = self.pool.allocate(1)
+            seq.blocks = hits + target
+            seq.num_computed += num_tokens
+            plan.copies.append(Copy(seq, source, target[0], num_tokens))
         seq.slot = self._free_slots.pop()
         seq.residency = self._num_admissions
         self._num_admissions += 1
@@ -347,7 +363,8 @@ class Scheduler:
         if full > seq.num_registered and self.prefix.enabled:
             digests = seq.chain.extend(seq.tokens, full)
             for index in range(seq.num_registered, full):
-                self.prefix.register(seq.blocks[index], digests[index])
+                parts = [seq.chain.part(seq.tokens, index, size) for size in PARTS]
+                self.prefix.register(seq.blocks[index], digests[index], parts)
             seq.num_registered = full
         if seq.followers and num_computed >= seq.num_prompt:
             self._release_followers(seq)
@@ -404,6 +421,7 @@ class Scheduler:
     def _land(self, plan: Plan) -> None:
         assert plan is self._in_flight, "the plan is not the one under way"
         self._in_flight = None
+        self.pool.release(copy.source for copy in plan.copies)
 
     # Siblings of one `n` request
 
@@ -437,7 +455,8 @@ class Scheduler:
         flying = [] if self._in_flight is None else [item.seq for item in self._in_flight.items]
         ghosts = [seq for seq in flying if seq.status is Status.ENDED]  # aborted during the step
         resident = self._running + ghosts
-        self.prefix.check_integrity([seq.blocks for seq in resident])
+        copied = [] if self._in_flight is None else [copy.source for copy in self._in_flight.copies]
+        self.prefix.check_integrity([*(seq.blocks for seq in resident), copied])
         assert len(self._running) <= self.max_num_seqs
         assert [seq.key for seq in self._running] == sorted(seq.key for seq in self._running), "running is not in order"
         slots = sorted([*self._free_slots, *(seq.slot for seq in resident)])

@@ -73,6 +73,9 @@ class Runner:
         batch = self._fill(plan.items)
         started = self._clock()
         try:
+            if plan.copies:
+                pairs = [(copy.source, copy.target) for copy in plan.copies]
+                self.program.copy_blocks(np.array(pairs, np.int32))
             chosen = self.program.step(batch)
         finally:
             self.step_seconds += self._clock() - started

@@ -219,6 +219,24 @@ def test_a_prefix_of_a_thousand_tokens_is_computed_once(tiny_model: PackedModel,
     assert stats.num_prompt_tokens == 1002 + 1002 - 992
 
 
+def test_prompts_that_part_within_a_block_share_its_beginning(tiny_model: PackedModel, build: dict[str, str]) -> None:
+    first = [3 + index % 300 for index in range(100)]
+    requests = [
+        Request(
+            request_id=f"{num_same} the same",
+            model=tiny_model.name,
+            prompt_token_ids=[*first[:num_same], *range(300, 300 - length, -1)],
+            sampling=SamplingParams(max_tokens=12, temperature=temperature, ignore_eos=True),
+            seed=num_same,
+        )
+        for num_same, length, temperature in ((100, 0, 0.0), (50, 30, 0.0), (10, 60, 0.9), (31, 1, 0.0), (95, 90, 1.2))
+    ]
+    expected, _ = run(tiny_model, [[request] for request in requests], **build, enable_prefix_caching=False)
+    tokens, stats = run(tiny_model, [requests[:1], requests[1:]], **build)
+    assert_same(tokens, expected)
+    assert stats.num_cached_tokens == (32 + 16) + 8 + 24 + (64 + 24)
+
+
 @pytest.mark.parametrize(
     "config",
     [

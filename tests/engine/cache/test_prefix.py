@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.cache.prefix import HashChain, PrefixCache, block_digest, root_digest
+from engine.cache.prefix import PARTS, HashChain, PrefixCache, block_digest, root_digest
 from engine.config import BLOCK_SIZE
 
 ROOT = root_digest()
@@ -17,8 +17,9 @@ def fill(cache: PrefixCache, tokens: list[int], root: bytes = ROOT) -> list[int]
     """Allocate and register every full block of `tokens`."""
     num_blocks = len(tokens) // BLOCK_SIZE
     blocks = cache.pool.allocate(num_blocks)
-    for block, digest in zip(blocks, HashChain(root).extend(tokens, num_blocks), strict=True):
-        cache.register(block, digest)
+    chain = HashChain(root)
+    for index, (block, digest) in enumerate(zip(blocks, chain.extend(tokens, num_blocks), strict=True)):
+        cache.register(block, digest, [chain.part(tokens, index, size) for size in PARTS])
     return blocks
 
 
@@ -130,3 +131,43 @@ def test_integrity_notices_a_wrong_index() -> None:
     cache._digest_of[block] = b"another"
     with pytest.raises(AssertionError, match=f"block {block} is indexed under a digest that is not its own"):
         cache.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("num_same", "num_found"), [(7, None), (8, 8), (15, 8), (16, 16), (23, 16), (24, 24), (31, 24)]
+)
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_beginning_of_a_block_is_found(num_same: int, num_found: int | None, index: int) -> None:
+    cache = PrefixCache(8)
+    tokens = list(range(2 * BLOCK_SIZE))
+    blocks = fill(cache, tokens)
+    parting = [*tokens[: index * BLOCK_SIZE + num_same], *range(900, 950)]
+    assert cache.lookup(HashChain(ROOT), parting) == blocks[:index]
+    found = None if num_found is None else (blocks[index], num_found)
+    assert cache.lookup_part(HashChain(ROOT), parting, index) == found
+    assert cache.lookup_part(HashChain(root_digest(tenant="t")), parting, index) is None
+
+
+@pytest.mark.parametrize(("num_tokens", "num_found"), [(8, None), (9, 8), (24, 16), (25, 24), (32, 24)])
+def test_the_last_token_of_a_beginning_is_left_to_compute(num_tokens: int, num_found: int | None) -> None:
+    cache = PrefixCache(8)
+    (block,) = fill(cache, list(range(BLOCK_SIZE)))
+    found = cache.lookup_part(HashChain(ROOT), list(range(num_tokens)), 0)
+    assert found == (None if num_found is None else (block, num_found))
+
+
+def test_a_beginning_goes_with_its_block() -> None:
+    cache = PrefixCache(2)
+    tokens = list(range(BLOCK_SIZE))
+    first, second = fill(cache, tokens), fill(cache, [*tokens[:20], *range(900, 912)])
+    assert cache.lookup_part(HashChain(ROOT), [*tokens[:20], 5], 0) == (first[0], 16)  # the first stays the one
+    cache.pool.release(first)
+    assert cache.pool.allocate(1) == first
+    assert cache.lookup_part(HashChain(ROOT), [*tokens[:20], 5], 0) is None
+    cache.check_integrity([first, second])
+
+
+def test_disabled_it_finds_no_beginning() -> None:
+    cache = PrefixCache(4, enabled=False)
+    fill(cache, list(range(BLOCK_SIZE)))
+    assert cache.lookup_part(HashChain(ROOT), list(range(20)), 0) is None

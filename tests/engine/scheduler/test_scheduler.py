@@ -599,3 +599,61 @@ def test_guesses_take_no_block_from_anybody() -> None:
     scheduler.drop(plan)
     scheduler.pool.release(held)
     assert shape(scheduler.schedule()) == [("a", 61, 5, True)]
+
+
+# Beginnings of blocks
+
+
+def parting(scheduler: Scheduler, num_same: int) -> Plan:
+    """The plan that admits a prompt whose first tokens lie in a block of another one."""
+    scheduler.add(make_request("a", prompt(40), sampling=forever(1)))
+    finish(scheduler)
+    scheduler.add(make_request("b", [*prompt(40)[:num_same], *range(5000, 5030)], sampling=forever(2)))
+    plan = scheduler.schedule()
+    scheduler.check_integrity()
+    return plan
+
+
+def test_a_prompt_that_parts_within_a_block_computes_what_differs() -> None:
+    scheduler = make_scheduler()
+    plan = parting(scheduler, 20)
+    assert shape(plan) == [("b", 16, 34, True)]
+    (copy,) = plan.copies
+    assert (copy.num_tokens, copy.target) == (16, plan.items[0].seq.blocks[0])
+    assert scheduler.pool.num_refs(copy.source) == 1
+    (delta,) = scheduler.update(plan, [7])
+    assert delta.num_cached_tokens == 16
+    assert scheduler.pool.num_refs(copy.source) == 0
+    finish(scheduler)
+
+
+def test_a_step_that_was_not_made_copied_nothing() -> None:
+    scheduler = make_scheduler()
+    scheduler.drop(parting(scheduler, 20))
+    scheduler.check_integrity()
+    plan, deltas = step(scheduler)
+    assert (shape(plan), plan.copies) == ([("b", 0, 50, True)], [])
+    assert [delta.num_cached_tokens for delta in deltas] == [0]
+    assert scheduler.num_cached_tokens == 0
+    finish(scheduler)
+
+
+def test_who_is_aborted_while_its_copy_is_made_frees_what_it_held() -> None:
+    scheduler = make_scheduler()
+    plan = parting(scheduler, 20)
+    scheduler.abort("b")
+    scheduler.check_integrity()
+    assert scheduler.update(plan, [7]) == []
+    scheduler.check_integrity()
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+def test_a_beginning_is_not_copied_where_its_block_has_to_go() -> None:
+    """Of two blocks in all both are needed, so the one that begins the same cannot stay beside its copy."""
+    scheduler = make_scheduler(num_blocks=2)
+    scheduler.add(make_request("a", prompt(40), sampling=forever(1)))
+    finish(scheduler)
+    scheduler.add(make_request("b", [*prompt(40)[:20], *range(5000, 5020)], sampling=forever(2)))
+    plan, _ = step(scheduler)
+    assert (shape(plan), plan.copies) == ([("b", 0, 40, True)], [])
+    finish(scheduler)
