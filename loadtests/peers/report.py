@@ -66,8 +66,8 @@ TRIED: Sequence[tuple[str, str]] = (
     ("weights in huge pages", "kept where they are small beside the memory"),
     (
         "activations of eight rows side by side, group by group",
-        "kept: 4-bit weights in cache at 73 instead of 70 % of the rate; 8-bit ones, beside which the compiler had kept "
-        "64 addresses on its stack, at 73 instead of 64 %",
+        "kept: 4-bit weights in cache at 73 instead of 70 % of the rate; 8-bit ones, beside which the compiler kept 64 "
+        "addresses on its stack, at 73 instead of 64 %",
     ),
     (
         "keys, values and their scales fetched into the second-level cache, a tile's first block by the tile before",
