@@ -97,19 +97,21 @@ def measure(module: ModuleType, threads: int, repeats: int) -> tuple[Limits, lis
     # Small quants, scales of 1 (0x3c00 as float16), bfloat16 of 0.01: no denormals, whose arithmetic would be slower.
     data = np.full(STREAM_BYTES, 0x3C, np.uint8)
     reads: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
-    int8, float32 = [], []
+    int8, float32, bf16 = [], [], []
     times: dict[Case, list[float]] = {case: [] for case in cases()}
     for _ in track(range(repeats), "Measuring", transient=True):
         for t, values in reads.items():
             values.append(module.read_bandwidth(BYTES, t))
         int8.append(module.int8_rate(threads))
         float32.append(module.float32_rate(threads))
+        bf16.append(module.bf16_rate(threads))
         for case, seconds in times.items():
             seconds.append(time_projection(module, data, case, threads))
     limits = Limits(
         {t: statistics.median(values) for t, values in reads.items()},
         {threads: statistics.median(int8)},
         {threads: statistics.median(float32)},
+        {threads: statistics.median(bf16)},
     )
     return limits, [share_of(limits, threads, case, statistics.median(seconds)) for case, seconds in times.items()]
 
@@ -158,7 +160,8 @@ def title_of(limits: Limits, isa: str, threads: int) -> str:
     reads = ", ".join(f"{gbs:.1f} ({t})" for t, gbs in limits.read_gbs.items())
     return (
         f"{cpu_name()}, {isa}, {threads} thread(s): reads {reads} GB/s by number of threads, "
-        f"int8 {limits.int8_tops[threads]:.2f}, float32 {limits.float32_tops[threads]:.2f} TOP/s"
+        f"int8 dot products {limits.int8_tops[threads]:.2f}, float32 multiply-adds {limits.float32_tops[threads]:.2f}, "
+        f"bf16 dot products {limits.bf16_tops[threads]:.2f} TOP/s"
     )
 
 

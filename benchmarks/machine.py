@@ -26,6 +26,7 @@ class Limits:
     read_gbs: dict[int, float]  # GB/s of sequential reads
     int8_tops: dict[int, float]  # 10**12 operations a second of 4-bit by int8 dot products, from registers
     float32_tops: dict[int, float]  # the same of float32 multiply-adds
+    bf16_tops: dict[int, float]  # of dot products of bfloat16 pairs; 0 where there are none
 
 
 def native_build(isa: str) -> ModuleType:
@@ -39,18 +40,19 @@ def native_build(isa: str) -> ModuleType:
 def measure_limits(isa: str, threads: int, repeats: int = 5) -> Limits:
     """Measure with 1 to `threads` threads and the instructions of `isa`, each in turn, `repeats` times."""
     module = native_build(isa)
-    reads: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
-    int8: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
-    float32: dict[int, list[float]] = {t: [] for t in range(1, threads + 1)}
+    counts = range(1, threads + 1)
+    rates = {name: getattr(module, name) for name in ("int8_rate", "float32_rate", "bf16_rate")}
+    rates["read_bandwidth"] = lambda t: module.read_bandwidth(BYTES, t)
+    found: dict[str, dict[int, list[float]]] = {name: {t: [] for t in counts} for name in rates}
     for _ in range(repeats):
-        for t in range(1, threads + 1):
-            reads[t].append(module.read_bandwidth(BYTES, t))
-            int8[t].append(module.int8_rate(t))
-            float32[t].append(module.float32_rate(t))
-    reads_of, int8_of, float32_of = (
-        {t: statistics.median(values) for t, values in measured.items()} for measured in (reads, int8, float32)
-    )
-    return Limits(reads_of, int8_of, float32_of)
+        for t in counts:
+            for name, rate in rates.items():
+                found[name][t].append(rate(t))
+
+    def medians(name: str) -> dict[int, float]:
+        return {t: statistics.median(values) for t, values in found[name].items()}
+
+    return Limits(medians("read_bandwidth"), medians("int8_rate"), medians("float32_rate"), medians("bf16_rate"))
 
 
 def cpu_name() -> str:

@@ -373,7 +373,8 @@ def _breakdown(results: Results) -> str:
     found = {task: phases for task, phases in found.items() if phases}
     if not found:
         return ""
-    names = dict.fromkeys(name for phases in found.values() for name in phases)
+    measured = {name for phases in found.values() for name in phases}
+    names = [name for name in PHASES if name in measured] + sorted(measured - PHASES.keys())
     rows = []
     for name in names:
         cells = []

@@ -367,6 +367,7 @@ NB_MODULE(SERAPH_MODULE, m) {
           nb::call_guard<nb::gil_scoped_release>());
     m.def("int8_rate", &int8_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("float32_rate", &float32_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+    m.def("bf16_rate", &bf16_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("cpu_supports", &cpu_supports, nb::arg("isa"));
     m.def("uniform", &uniform, nb::arg("seed"), nb::arg("choice"), nb::arg("position"));
 }

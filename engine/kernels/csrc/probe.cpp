@@ -126,6 +126,32 @@ double float32_rate(int threads) {
     return 2.0 * kLanes * kPerTurn * kChains * kTurns * threads / time * 1e-12;
 }
 
+#if defined(SERAPH_ISA_AVX512)
+double bf16_rate(int threads) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bf16"))
+        return 0;
+    constexpr int kChains = 8, kTurns = 1000000;
+    const double time = together(threads, [](int) {
+        const __m512i pairs = _mm512_set1_epi32(0x3c003c00);
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+        for (int turn = 0; turn < kTurns; ++turn) {
+            // Written out, because the rest of the build does without these instructions.
+            asm volatile("vdpbf16ps %8, %8, %0\n\tvdpbf16ps %8, %8, %1\n\tvdpbf16ps %8, %8, %2\n\t"
+                         "vdpbf16ps %8, %8, %3\n\tvdpbf16ps %8, %8, %4\n\tvdpbf16ps %8, %8, %5\n\t"
+                         "vdpbf16ps %8, %8, %6\n\tvdpbf16ps %8, %8, %7"
+                         : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7)
+                         : "v"(pairs));
+        }
+    });
+    return 2.0 * 2 * kLanes * kChains * kTurns * threads / time * 1e-12;
+}
+#else
+double bf16_rate(int) {
+    return 0;
+}
+#endif
+
 bool cpu_supports(const char* isa) {
     const std::string_view name(isa);
     if (name == "portable")

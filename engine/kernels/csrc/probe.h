@@ -15,6 +15,10 @@ double int8_rate(int threads);
 // The same of float32 multiply-adds.
 double float32_rate(int threads);
 
+// The same of dot products of bfloat16 pairs, which no kernel uses: activations beside bfloat16 weights are float32. 0
+// where this build or this CPU has none.
+double bf16_rate(int threads);
+
 // Whether this CPU has the instructions of the named build: "avx512", "avx2", "portable".
 bool cpu_supports(const char* isa);
 
