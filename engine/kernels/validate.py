@@ -1,8 +1,8 @@
-"""What every kernel build checks before it writes anything: weights once, a step's arrays on every step.
+"""What every kernel build refuses before it writes anything: weights once, a step's arrays on every step.
 
-Native code trusts these checks: an index that passes here cannot leave the memory it points into. They run on every
-step, so the passing path is a few dozen array operations on arrays of Q or R entries, and messages are built only
-when something is wrong. Comparisons are written so that NaN fails them.
+Native builds decide about a step themselves (csrc/check.cpp): an index that passes there cannot leave the memory it
+points into. What they refuse comes here for the words, so that the two have to agree; the numpy twin knows these checks
+alone. Messages are built only when something is wrong. Comparisons are written so that NaN fails them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_batch(spec: DecoderSpec, batch: StepBatch, num_blocks: int, previous_r
     """Raise ValueError, with what was expected and what came, unless `batch` can be computed as it stands.
 
     `num_blocks` is the size of the program's KV memory, `previous_rows` the number of tokens that its previous step
-    chose (what a deferred token id may refer to). Costs a few tens of microseconds for 32 requests.
+    chose (what a deferred token id may refer to).
     """
     num_tokens, num_requests = batch.token_ids.size, batch.seq_lens.size
     if num_tokens < 1 or num_requests < 1:

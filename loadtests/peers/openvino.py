@@ -43,7 +43,6 @@ class OpenVino:
         **Vllm.environments,  # for the Hugging Face folder that is converted
     }
     over_http = False
-    most_trials = 9
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
         convert = pythons[CONVERT]

@@ -20,7 +20,6 @@ class Seraph:
     title = "Seraph"
     environments: Mapping[str, Environment] = {}  # this one
     over_http = False
-    most_trials = 9
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
         command = [place.python, "-m", "server.cli", "pull", serving.MODEL]

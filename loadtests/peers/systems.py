@@ -53,7 +53,6 @@ class System(Protocol):
     title: str  # with the version
     environments: Mapping[str, Environment]  # by name; the first is the one it runs in
     over_http: bool  # whether all of its tasks are measured in one session of its server
-    most_trials: int  # of each of its settings: few, where every one begins with a long start
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
         """Make its models from the default model, where they are not there yet. Raises SystemFailure."""

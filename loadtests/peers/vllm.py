@@ -26,7 +26,6 @@ class Vllm:
         )
     }
     over_http = True
-    most_trials = 1
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
         make_folder(place, place.python)

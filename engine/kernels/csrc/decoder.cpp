@@ -23,7 +23,7 @@ void grow(std::vector<T>& v, int64_t size) {
 } // namespace
 
 void Decoder::Activations::make_room(int64_t rows, int quants, int floats) {
-    const int64_t whole = (rows + kMaxRows - 1) / kMaxRows * kMaxRows, groups = quants / kGroup;
+    const int64_t whole = QuantRows::whole(rows), groups = quants / kGroup;
     grow(q, whole * quants);
     grow(scale, whole * groups);
     grow(scaled_sum, whole * groups);

@@ -12,7 +12,7 @@ void quantize_group(const float* x, int k, const QuantRows& to, int row, int gro
     const float amax = reduce_max(max(abs(a), abs(b)));
     const F32 levels = set1(levels_per_unit(amax, 127.0f));
     const I32 qa = round_i32(a * levels), qb = round_i32(b * levels);
-    const int64_t at = (static_cast<int64_t>(row / kMaxRows) * (k / kGroup) + group) * kMaxRows + row % kMaxRows;
+    const int64_t at = QuantRows::place(k, row, group);
     int8_t* q = to.q + at * kGroup;
     store_i8(q, qa);
     store_i8(q + kLanes, qb);
@@ -24,7 +24,7 @@ void quantize_group(const float* x, int k, const QuantRows& to, int row, int gro
 }
 
 void fetch_group(int k, const QuantRows& to, int row, int group) {
-    const int64_t at = (static_cast<int64_t>(row / kMaxRows) * (k / kGroup) + group) * kMaxRows;
+    const int64_t at = QuantRows::place(k, row / kMaxRows * kMaxRows, group);
     for (int line = 0; line < kMaxRows * kGroup; line += 64)
         __builtin_prefetch(to.q + at * kGroup + line, 1);
     __builtin_prefetch(to.scale + at, 1);
@@ -154,11 +154,10 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
     const int groups = w.num_groups();
     const int quant_bytes = kStrip * kGroup * BITS / 8, half_bytes = quant_bytes / 2;
     const int cell_bytes = w.cell_bytes();
-    const int64_t side = static_cast<int64_t>(row) * groups;
     const auto add_half = [&](int g, int half, Sums<R>& sums) SERAPH_INLINE_LAMBDA {
         const uint8_t* cell = strip + static_cast<int64_t>(g) * cell_bytes;
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(cell + quant_bytes);
-        const int64_t at = side + g * kMaxRows;
+        const int64_t at = QuantRows::place(w.k, row, g);
         const int8_t* quads = x.q + at * kGroup;
         // Or GCC computes the address of every quad once for both halves, keeps them all on the stack, and loads each
         // of them before each quad.

@@ -35,6 +35,13 @@ struct QuantRows {
     float* scale;      // [rows / 8][k / 32][8] largest magnitude of the group / 127
     float* scaled_sum; // [rows / 8][k / 32][8] scale * sum(q), what MIN multiplies
     int32_t* start;    // [rows / 8][k / 32][8] -8 * sum(q), where a ZERO_POINT sum starts (times 16 for 8 bits)
+
+    // Where a group of a row lies, in groups from the first.
+    static int64_t place(int k, int row, int group) {
+        return (static_cast<int64_t>(row / kMaxRows) * (k / kGroup) + group) * kMaxRows + row % kMaxRows;
+    }
+    // Rows that there is room for where there is room for `rows`.
+    static int64_t whole(int64_t rows) { return (rows + kMaxRows - 1) / kMaxRows * kMaxRows; }
 };
 
 // The input of a projection, in the form that its matrix reads.

@@ -301,8 +301,7 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
         throw std::invalid_argument("time_matmul: expected copies * nbytes bytes and positive counts");
     }
     nb::gil_scoped_release release;
-    const size_t rows = static_cast<size_t>((m + kMaxRows - 1) / kMaxRows * kMaxRows);
-    const size_t groups = rows * static_cast<size_t>(w.num_groups());
+    const size_t groups = static_cast<size_t>(QuantRows::whole(m)) * static_cast<size_t>(w.num_groups());
     std::vector<int8_t> q(groups * kGroup, 3);
     std::vector<float> scale(groups, 0.01f), scaled_sum(groups, 0.01f);
     std::vector<int32_t> start(groups, 0);

@@ -63,7 +63,6 @@ class FakeSystem:
         over_http: bool = False,
     ) -> None:
         self.name, self.answer, self.labels, self.over_http = name, answer, labels, over_http
-        self.most_trials = 9
         self.asked: list[tuple[str, str]] = []
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
