@@ -13,14 +13,19 @@ import random
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import httptools
 
 WORDS = (
     *("river", "stone", "window", "letter", "garden", "market", "winter", "bridge", "candle", "paper", "morning"),
     *("island", "engine", "silver", "story", "doctor", "music", "forest", "kitchen", "harbor", "question", "summer"),
     *("village", "answer", "mountain", "number", "color", "teacher", "animal", "picture", "country"),
 )
+
+TIMEOUT = 600.0
+"""Seconds that one answer may take."""
 
 
 @dataclass(slots=True)
@@ -55,8 +60,75 @@ def prompt(seed: int, words: int = 75) -> str:
     return f"{rng.choice(WORDS)} {seed}: continue this list of words. " + " ".join(rng.choices(WORDS, k=words))
 
 
-async def one(client: httpx.AsyncClient, model: str, seed: int, tokens: int) -> Stream:
-    """Send one request and read its stream. Raises httpx.HTTPError or ValueError."""
+class Answer(asyncio.Protocol):
+    """Sends one request over a connection of its own and hears a streamed answer out.
+
+    What hears the answers shares the CPUs with the server that is measured, so it costs as little as it can: HTTP is
+    parsed in C, events only until the first one with text has come, and the one with the usage at the end.
+    `ended` gets None, or the OSError or ValueError that kept the answer from being whole.
+    """
+
+    TAIL = 8192
+    """Bytes of the end of an answer that are kept: usage is in one of its last events."""
+
+    def __init__(self, message: bytes) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.start = time.perf_counter()
+        self.first = 0.0  # seconds from the start to the first text; 0 before
+        self._message = message
+        self._parser = httptools.HttpResponseParser(self)
+        self._tail = b""  # before the first text, what follows the last whole line
+
+    def usage(self) -> dict[str, Any]:
+        """Of an answer that is whole, what it says that it used; empty where it does not say."""
+        for line in reversed(self._tail.split(b"\n")):
+            if line.startswith(b"data: {") and (usage := json.loads(line[6:]).get("usage")):
+                return dict(usage)
+        return {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._message)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._end(ValueError(f"no HTTP: {error.__context__ or error!r}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc or ConnectionError("the connection was closed before the answer was whole"))
+
+    def on_body(self, body: bytes) -> None:
+        self._tail += body
+        if not self.first and self._parser.get_status_code() == 200:
+            *lines, self._tail = self._tail.split(b"\n")
+            if any(map(_has_text, lines)):
+                self.first = time.perf_counter() - self.start
+        self._tail = self._tail[-self.TAIL :]
+
+    def on_message_complete(self) -> None:
+        status = self._parser.get_status_code()
+        self._end(None if status == 200 else ValueError(f"status {status}: {self._tail[:300]!r}"))
+
+    def _end(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
+def _has_text(line: bytes) -> bool:
+    if not line.startswith(b"data: {"):
+        return False
+    choices = json.loads(line[6:])["choices"]
+    return bool(choices and choices[0]["delta"].get("content"))
+
+
+async def one(url: str, model: str, seed: int, tokens: int) -> Stream:
+    """Send one request and read its stream. Raises OSError or ValueError."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt(seed)}],
@@ -66,48 +138,49 @@ async def one(client: httpx.AsyncClient, model: str, seed: int, tokens: int) -> 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    start = time.perf_counter()
-    first = 0.0
-    usage: dict[str, object] = {}
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            raise ValueError(f"status {response.status_code}: {(await response.aread())[:300]!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            if not first:
-                # The first chunk that carries text; parsed only until it has come, so that the client stays cheap.
-                choices = json.loads(line[6:])["choices"]
-                if choices and choices[0]["delta"].get("content"):
-                    first = time.perf_counter() - start
-            elif '"usage":{' in line or '"usage": {' in line:
-                usage = json.loads(line[6:])["usage"]
-    end = time.perf_counter() - start
-    produced = int(str(usage.get("completion_tokens", 0)))
+    where = urlsplit(url)
+    if where.scheme not in ("http", "https") or where.hostname is None:
+        raise ValueError(f"expected http://HOST:PORT, got {url!r}")
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {where.path.rstrip('/')}/v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    # A connection per request: some servers close theirs after a stream, and a reused one then fails.
+    secure = where.scheme == "https"
+    port = where.port or (443 if secure else 80)
+    answer = Answer(head.encode() + content)
+    transport, _ = await asyncio.get_running_loop().create_connection(
+        lambda: answer, where.hostname, port, ssl=True if secure else None
+    )
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            await answer.ended
+    finally:
+        transport.abort()
+    end = time.perf_counter() - answer.start
+    usage = answer.usage()
+    produced = int(usage.get("completion_tokens", 0))
     if produced != tokens:
         raise ValueError(f"expected {tokens} tokens, got {produced}")
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") or 0 if isinstance(details, dict) else 0
-    return Stream(first, end, produced, int(str(usage["prompt_tokens"])), cached)
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Stream(answer.first, end, produced, int(usage["prompt_tokens"]), int(cached))
 
 
 async def run(url: str, model: str, concurrency: int, requests: int, tokens: int, first_seed: int) -> Figures:
     """Run the closed loop once."""
     seeds = iter(range(first_seed, first_seed + requests))
     streams: list[Stream] = []
-    # A connection per request: some servers close theirs after a stream, and a reused one then fails.
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
 
-        async def worker() -> None:
-            # `seeds` is one iterator for all workers: each takes the next prompt when its last answer has ended.
-            streams.extend([await one(client, model, seed, tokens) for seed in seeds])
+    async def worker() -> None:
+        # `seeds` is one iterator for all workers: each takes the next prompt when its last answer has ended.
+        streams.extend([await one(url, model, seed, tokens) for seed in seeds])
 
-        start = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(worker())
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(worker())
+    seconds = time.perf_counter() - start
     output = sum(s.tokens for s in streams)
     return Figures(
         concurrency=concurrency,
@@ -136,7 +209,7 @@ def main() -> None:
         requests = args.requests or max(3, 2 * concurrency)
         try:
             figures = asyncio.run(run(args.url, args.model, concurrency, requests, args.tokens, seed))
-        except* (httpx.HTTPError, ValueError) as group:
+        except* (OSError, ValueError) as group:
             parser.exit(1, f"{args.url}: {group.exceptions[0]!r}\n")
         seed += requests
         print(json.dumps(asdict(figures)), flush=True)

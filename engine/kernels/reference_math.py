@@ -14,6 +14,9 @@ _EXP_COEFFICIENTS = tuple(
     for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 
+_WHOLE = np.float32(1.5 * 2**23)
+"""Beside it a float32 has no bits left for fractions: adding it rounds to a whole number, ties to even."""
+
 
 def fma(a: Float32 | np.float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
     """a * b + c, rounded once to float32, for normal results; broadcasts.
@@ -40,7 +43,7 @@ def exp(x: Float32) -> Float32:
     Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes expf, Moshier).
     """
     clamped = np.minimum(np.maximum(x, np.float32(-87)), np.float32(88))
-    n = np.rint(clamped * np.float32(1.44269504088896341))
+    n = fma(clamped, np.float32(1.44269504088896341), _WHOLE) - _WHOLE
     r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, clamped))
     p = np.full_like(r, _EXP_COEFFICIENTS[0])
     for coefficient in _EXP_COEFFICIENTS[1:]:

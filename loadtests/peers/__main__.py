@@ -34,7 +34,7 @@ PAGE = ROOT / "docs" / "performance.md"
 CONCURRENCY, QUICK_CONCURRENCY = (1, 4, 16, 32, 64), (1, 32)
 CONTEXTS, QUICK_CONTEXTS = (128, 1024, 4096, 8064), (128, 4096)
 """The longest leaves the 8k context of the model room for what is decoded."""
-ROUNDS, QUICK_ROUNDS = 7, 2
+ROUNDS, WHOLE_ROUNDS, QUICK_ROUNDS = 7, 3, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--peers", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="default: all")
     run.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="only these, such as serve or decode-1")
     run.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, fewer sizes, one trial")
-    run.add_argument("--rounds", type=_positive, help=f"pairs of each measurement (default {ROUNDS})")
+    run.add_argument("--rounds", type=_positive, help=f"pairs of what the bars compare (default {ROUNDS})")
+    run.add_argument("--whole", type=_positive, help=f"pairs of everything else (default {WHOLE_ROUNDS})")
     run.add_argument("--minutes", type=_positive, default=240, help="start no turn after so long (default 240)")
     run.add_argument("--envs", type=Path, default=CACHE / "envs", help="folder of the peers' environments")
     run.add_argument("--env", action="append", default=[], type=_named, metavar="NAME=DIR", help="an existing one")
@@ -113,6 +114,7 @@ def _run(options: argparse.Namespace) -> int:
         plan={
             "peers": [peer.name for peer in peers],
             "rounds": options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
+            "whole": options.whole or WHOLE_ROUNDS,
             "concurrency": QUICK_CONCURRENCY if options.quick else CONCURRENCY,
             "contexts": QUICK_CONTEXTS if options.quick else CONTEXTS,
             "tasks": [task.name for task in chosen],
@@ -136,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     for name, failure in failed.items():
         made.fail(name, failure, "installing it and making its model")
     ready = [system for system in peers if system.name not in failed]
-    complete = made.run(plan.turns(runner.groups(ready, chosen), header.plan["rounds"]))
+    complete = made.run(plan.turns(runner.groups(ready, chosen), header.plan["rounds"], header.plan["whole"]))
     _report(options.results, options.page)
     return 0 if complete else 1
 

@@ -8,6 +8,13 @@ from dataclasses import dataclass, replace
 
 OURS = "seraph"
 
+BARRED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "llamacpp": {"prefill-512": (), "decode-1": (), "decode-32": ()},
+    "openvino": {"serve": (32,), "decode-32": ()},
+    "vllm": {"serve": (32,)},
+}
+"""What the bars compare: of each peer, names of tasks and, of serving, concurrencies."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -62,8 +69,16 @@ def tasks(concurrency: Sequence[int], contexts: Sequence[int]) -> tuple[Task, ..
     )
 
 
-def turns(groups: Mapping[str, Sequence[tuple[Task, ...]]], rounds: int) -> Iterator[Turn]:
-    """All turns in order. Ours and the peer's stand next to each other, and who comes first changes from one round to
+def barred(pair: str, group: Sequence[Task]) -> tuple[Task, ...]:
+    """What of the tasks a bar is about, beside this peer."""
+    bars = BARRED.get(pair, {})
+    return tuple(replace(task, concurrency=bars[task.name]) for task in group if task.name in bars)
+
+
+def turns(
+    groups: Mapping[str, Sequence[tuple[Task, ...]]], rounds: int, whole: int | None = None
+) -> Iterator[Turn]:
+    """All turns in order; the rounds after the first `whole` (default: none) are of what the bars compare alone. Ours and the peer's stand next to each other, and who comes first changes from one round to
     the next and from one group of tasks to the next, so that neither always meets the machine that the other left. One
     comparison is made after another, so that a run which is cut short has whole ones.
 
@@ -71,6 +86,8 @@ def turns(groups: Mapping[str, Sequence[tuple[Task, ...]]], rounds: int) -> Iter
     """
     for pair, of_pair in groups.items():
         for number in range(rounds):
+            if whole is not None and number >= whole:
+                of_pair = [rest for group in groups[pair] if (rest := barred(pair, group))]
             for position, group in enumerate(of_pair):
                 systems = (OURS, pair) if (number + position) % 2 == 0 else (pair, OURS)
                 for system in systems:

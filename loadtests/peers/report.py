@@ -438,7 +438,9 @@ def _failures(results: Results) -> str:
 
 def _again(results: Results) -> str:
     rounds = results.header.plan["rounds"]
+    whole = min(rounds, results.header.plan["whole"])
+    later = f", {whole} of them whole and {rounds - whole} of what the bars compare" * (whole < rounds)
     return (
-        f"## Again\n\n`make bench-peers` installs the peers, measures {rounds} round{'s' * (rounds != 1)} and writes\n"
-        "this page. Prompts and seeds are fixed. `python -m loadtests.peers report` writes it from results.\n"
+        f"## Again\n\n`make bench-peers` installs the peers, measures {rounds} round{'s' * (rounds != 1)}{later}, and\n"
+        "writes this page. Prompts and seeds are fixed. `python -m loadtests.peers report` writes it from results.\n"
     )

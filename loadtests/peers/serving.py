@@ -46,7 +46,7 @@ def measure(server: Server, tasks: Sequence[Task]) -> dict[str, Figures]:
                     figures[task.name] = {"start_seconds": start_seconds, "memory_mb": memory, **chats}
                 else:
                     figures[task.name] = asyncio.run(_tokens(url, task))
-        except* (httpx.HTTPError, ValueError) as group:
+        except* (httpx.HTTPError, OSError, ValueError) as group:
             raise child.failure(f"{group.exceptions[0]!r}") from None
     return figures
 
@@ -69,7 +69,7 @@ def started(server: Server, seconds: float) -> Iterator[tuple[Child, str, float]
         asked = time.perf_counter()
         try:
             answer = asyncio.run(throughput.run(url, MODEL, 1, 1, 4, first_seed=1))
-        except* (httpx.HTTPError, ValueError) as group:
+        except* (httpx.HTTPError, OSError, ValueError) as group:
             raise child.failure(f"{group.exceptions[0]!r}") from None
         yield child, url, asked - begin + answer.ttft_median
 

@@ -123,7 +123,7 @@ void Decoder::prepare(const Step& step) {
             own.make_room(kOwnRows, widest_quants_, widest_floats_);
     }
     for (auto& scratch : scratch_)
-        grow(scratch, std::max(s.hidden, s.head_dim));
+        grow(scratch, std::max(kRowsPerTile * s.hidden, s.head_dim));
     logits_stride_ = s.vocab;
     takes_best_.assign(static_cast<size_t>(rows), 0);
     if (rows > 0 && !step.logits && step.sampling) {
@@ -195,7 +195,7 @@ void Decoder::compute(int phase, int first, int last, int thread) {
     case Op::kEmbed:
         return embed(first);
     case Op::kAttnNorm:
-        return norm_rows(layer.attn_norm, *w, first, thread);
+        return norm_tile(layer.attn_norm, *w, first, thread);
     case Op::kRope:
         return rope(i, first, thread);
     case Op::kAttend:
@@ -203,7 +203,7 @@ void Decoder::compute(int phase, int first, int last, int thread) {
     case Op::kMerge:
         return merge(*w, first);
     case Op::kFfnNorm:
-        return norm_rows(layer.ffn_norm, *w, first, thread);
+        return norm_tile(layer.ffn_norm, *w, first, thread);
     case Op::kQkv:
     case Op::kOut:
     case Op::kGateUp:
@@ -239,19 +239,20 @@ void Decoder::norm(const float* x, const float* weight, float* out) const {
         store(out + i, load(x + i) * scale * load(weight + i));
 }
 
-// Row `row` of `to` = the norm of x, in the form that w reads.
-void Decoder::norm_row(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int thread) {
-    if (!w.quantized())
-        return norm(x, weight, to.values.data() + static_cast<int64_t>(row) * shape_.hidden);
-    float* normed = scratch_[thread].data();
-    norm(x, weight, normed);
-    quantize_row(normed, shape_.hidden, to.quants(), row);
+// The `rows` <= kRowsPerTile rows from `row` on of `to` = the norms of x, in the form that w reads.
+void Decoder::norm_rows(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int rows,
+                        int thread) {
+    const int n = shape_.hidden;
+    float* normed = w.quantized() ? scratch_[thread].data() : to.values.data() + static_cast<int64_t>(row) * n;
+    for (int r = 0; r < rows; ++r)
+        norm(x + r * n, weight, normed + r * n);
+    if (w.quantized())
+        quantize_rows(normed, n, to.quants(), row, rows);
 }
 
-void Decoder::norm_rows(const float* weight, const Matrix& w, int tile, int thread) {
-    const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
-    for (int row = tile * kRowsPerTile; row < end; ++row)
-        norm_row(x_.data() + static_cast<int64_t>(row) * shape_.hidden, weight, w, shared_, row, thread);
+void Decoder::norm_tile(const float* weight, const Matrix& w, int tile, int thread) {
+    const int row = tile * kRowsPerTile, rows = std::min(kRowsPerTile, step_.num_tokens - row);
+    norm_rows(x_.data() + static_cast<int64_t>(row) * shape_.hidden, weight, w, shared_, row, rows, thread);
 }
 
 // The input of a projection in the form that its matrix reads: what the phase before it made, or, in a small step, what
@@ -269,13 +270,15 @@ InputRows Decoder::input_of(int phase, int thread) {
         return {shared_.quants(), shared_.values.data()};
     Activations& own = own_[thread];
     const float* from = op == Op::kOut ? attended_.data() : x_.data();
-    for (int row = 0; own_phase_[thread] != phase && row < step_.num_tokens; ++row, from += w->k) {
-        if (op == Op::kOut)
-            quantize_row(from, w->k, own.quants(), row);
-        else
-            norm_row(from, op == Op::kQkv ? layer.attn_norm : layer.ffn_norm, *w, own, row, thread);
+    if (own_phase_[thread] != phase) {
+        if (op == Op::kOut) {
+            quantize_rows(from, w->k, own.quants(), 0, step_.num_tokens);
+        } else {
+            const float* weight = op == Op::kQkv ? layer.attn_norm : layer.ffn_norm;
+            norm_rows(from, weight, *w, own, 0, step_.num_tokens, thread);
+        }
+        own_phase_[thread] = phase;
     }
-    own_phase_[thread] = phase;
     return {own.quants(), own.values.data()};
 }
 
@@ -336,9 +339,12 @@ void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int
         for (int r = 0; r < rows; ++r, y += kStrip) {
             for (int c = 0; c < kGroup; c += kLanes) {
                 const F32 gate = load(y + c), one = set1(1.0f);
-                store(gated + r * stride + c, gate / (one + exp(zero_f32() - gate)) * load(y + kGroup + c));
+                // Beside one, e^-87 is as good as zero.
+                store(gated + r * stride + c, gate / (one + exp_within(zero_f32() - gate)) * load(y + kGroup + c));
             }
         }
+        if (quantized && rows == kMaxRows)
+            return quantize_groups(groups, kGroup, k, gated_.quants(), row, column / kStrip);
         // A loop of its own: a row is one long chain of operations, so those of several overlap.
         for (int r = 0; quantized && r < rows; ++r)
             quantize_group(groups + r * kGroup, k, gated_.quants(), row + r, column / kStrip);
@@ -405,19 +411,18 @@ void Decoder::merge(const Matrix& w, int index) {
         if (attention_.split_row(i) >= begin && attention_.split_row(i) < end)
             attention_.merge(i, attended_.data());
     }
-    for (int row = begin; row < end; ++row)
-        quantize_row(attended_.data() + static_cast<int64_t>(row) * w.k, w.k, shared_.quants(), row);
+    quantize_rows(attended_.data() + static_cast<int64_t>(begin) * w.k, w.k, shared_.quants(), begin, end - begin);
 }
 
 void Decoder::final_row(int row, int thread) {
     const int n = shape_.hidden;
     const float* x = x_.data() + static_cast<int64_t>(step_.logits_rows[row]) * n;
     if (!step_.hidden)
-        return norm_row(x, weights_.final_norm, weights_.head, shared_, row, thread);
+        return norm_rows(x, weights_.final_norm, weights_.head, shared_, row, 1, thread);
     float* normed = step_.hidden + static_cast<int64_t>(row) * n;
     norm(x, weights_.final_norm, normed);
     if (weights_.head.quantized())
-        quantize_row(normed, n, shared_.quants(), row);
+        quantize_rows(normed, n, shared_.quants(), row, 1);
 }
 
 void Decoder::sample(int row, int thread) {

@@ -87,8 +87,8 @@ class Decoder {
 
     void embed(int token);
     void norm(const float* x, const float* weight, float* out) const;
-    void norm_row(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int thread);
-    void norm_rows(const float* weight, const Matrix& w, int tile, int thread);
+    void norm_rows(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int rows, int thread);
+    void norm_tile(const float* weight, const Matrix& w, int tile, int thread);
     InputRows input_of(int phase, int thread);
     void project(int phase, int first, int last, int thread);
     void epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to, int thread,

@@ -23,6 +23,36 @@ void quantize_group(const float* x, int k, const QuantRows& to, int row, int gro
     to.start[at] = -8 * sum;
 }
 
+void quantize_groups(const float* x, int stride, int k, const QuantRows& to, int row, int group) {
+    static_assert(kMaxRows == 8);
+    F32 largest[kMaxRows];
+    for (int r = 0; r < kMaxRows; ++r)
+        largest[r] = max(abs(load(x + r * stride)), abs(load(x + r * stride + kLanes)));
+    const F32 amax = reduce_max(largest);
+    alignas(64) float levels[kLanes], scale[kLanes], scaled_sum[kLanes];
+    alignas(64) int32_t sum[kLanes];
+    store(levels, levels_per_unit(amax, 127.0f));
+    const int64_t at = QuantRows::place(k, row, group);
+    int8_t* q = to.q + at * kGroup;
+    I32 sums[kMaxRows];
+    for (int r = 0; r < kMaxRows; ++r, x += stride, q += kGroup) {
+        const I32 a = round_i32(load(x) * set1(levels[r])), b = round_i32(load(x + kLanes) * set1(levels[r]));
+        store_i8(q, a);
+        store_i8(q + kLanes, b);
+        sums[r] = a + b;
+    }
+    const I32 total = reduce_add(sums);
+    const F32 factor = amax / set1(127.0f);
+    store(scale, factor);
+    store(scaled_sum, factor * to_f32(total));
+    store(sum, total);
+    for (int r = 0; r < kMaxRows; ++r) {
+        to.scale[at + r] = scale[r];
+        to.scaled_sum[at + r] = scaled_sum[r];
+        to.start[at + r] = -8 * sum[r];
+    }
+}
+
 void fetch_group(int k, const QuantRows& to, int row, int group) {
     const int64_t at = QuantRows::place(k, row / kMaxRows * kMaxRows, group);
     for (int line = 0; line < kMaxRows * kGroup; line += 64)
@@ -32,9 +62,15 @@ void fetch_group(int k, const QuantRows& to, int row, int group) {
     __builtin_prefetch(to.start + at, 1);
 }
 
-void quantize_row(const float* x, int k, const QuantRows& to, int row) {
-    for (int g = 0; g < k / kGroup; ++g)
-        quantize_group(x + g * kGroup, k, to, row, g);
+void quantize_rows(const float* x, int k, const QuantRows& to, int row, int rows) {
+    for (; rows >= kMaxRows && row % kMaxRows == 0; row += kMaxRows, rows -= kMaxRows, x += kMaxRows * k) {
+        for (int g = 0; g < k / kGroup; ++g)
+            quantize_groups(x + g * kGroup, k, k, to, row, g);
+    }
+    for (; rows > 0; ++row, --rows, x += k) {
+        for (int g = 0; g < k / kGroup; ++g)
+            quantize_group(x + g * kGroup, k, to, row, g);
+    }
 }
 
 namespace {

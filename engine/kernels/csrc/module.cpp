@@ -266,8 +266,8 @@ void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
         const float* values = x.data() + static_cast<int64_t>(row) * w.k;
         const InputRows input{{q.data(), scale.data(), scaled_sum.data(), start.data()}, values};
         const int count = std::min(rows, m - row);
-        for (int r = 0; r < count && w.quantized(); ++r)
-            quantize_row(values + static_cast<int64_t>(r) * w.k, w.k, input.quants, r);
+        if (w.quantized())
+            quantize_rows(values, w.k, input.quants, 0, count);
         for (int strip = 0; strip < w.num_strips(); ++strip) {
             const int columns = std::min(kStrip, w.n - strip * kStrip);
             project_strip(w, strip, 0, 2, input, 0, count, out);

@@ -43,6 +43,22 @@ SERAPH_INLINE void opaque(T*& pointer) {
     asm volatile("" : "+r"(pointer));
 }
 
+#if !defined(SERAPH_ISA_AVX512)
+// Eight reductions: lane r of the lower eight is that of rows[r].
+SERAPH_INLINE F32 reduce_max(const F32 (&rows)[8]) {
+    float lanes[kLanes] = {};
+    for (int r = 0; r < 8; ++r)
+        lanes[r] = reduce_max(rows[r]);
+    return load(lanes);
+}
+SERAPH_INLINE I32 reduce_add(const I32 (&rows)[8]) {
+    int32_t lanes[kLanes] = {};
+    for (int r = 0; r < 8; ++r)
+        lanes[r] = reduce_add(rows[r]);
+    return load_i32(lanes);
+}
+#endif
+
 // Four activation bytes to every lane.
 SERAPH_INLINE I32 broadcast_quad(const int8_t* p) {
     int32_t quad;
@@ -57,16 +73,17 @@ SERAPH_INLINE I32 broadcast_pair(const int16_t* p) {
     return set1_i32(pair);
 }
 
-// e^x, within 2 ulp of the true value for x <= 88; 0 below -87.
+// e^x for x in [-87, 88], else that of the nearer end, within 2 ulp of the true value.
 // Range reduction by ln 2 in two parts and a degree-6 polynomial (Cephes expf, Moshier).
-SERAPH_INLINE F32 exp(F32 x) {
-    const F32 low = set1(-87.0f);
-    const Mask underflow = less(x, low);
-    const F32 c = min(max(x, low), set1(88.0f));
-    const I32 n = round_i32(c * set1(1.44269504088896341f));
-    const F32 nf = to_f32(n);
-    F32 r = fma(nf, set1(-0.693359375f), c);
-    r = fma(nf, set1(2.12194440e-4f), r);
+SERAPH_INLINE F32 exp_within(F32 x) {
+    const F32 c = min(max(x, set1(-87.0f)), set1(88.0f));
+    // 1.5 * 2^23, beside which a float32 has no bits left for fractions: the sum is rounded to a whole number, which
+    // stands in its low bits.
+    const F32 whole = set1(12582912.0f);
+    const F32 sum = fma(c, set1(1.44269504088896341f), whole);
+    const F32 n = sum - whole;
+    F32 r = fma(n, set1(-0.693359375f), c);
+    r = fma(n, set1(2.12194440e-4f), r);
     F32 p = set1(1.9875691500e-4f);
     p = fma(p, r, set1(1.3981999507e-3f));
     p = fma(p, r, set1(8.3334519073e-3f));
@@ -74,8 +91,12 @@ SERAPH_INLINE F32 exp(F32 x) {
     p = fma(p, r, set1(1.6666665459e-1f));
     p = fma(p, r, set1(5.0000001201e-1f));
     const F32 y = fma(p, r * r, r) + set1(1.0f);
-    const F32 scale = as_f32(shift_left<23>(n + set1_i32(127)));
-    return select(underflow, zero_f32(), y * scale);
+    return y * as_f32(shift_left<23>(as_i32(sum)) + set1_i32(127 << 23));
+}
+
+// The same, but 0 below -87.
+SERAPH_INLINE F32 exp(F32 x) {
+    return select(less(x, set1(-87.0f)), zero_f32(), exp_within(x));
 }
 
 // Levels of a quant of at most `most` to a unit, for values up to `amax` in size. Zeros, or values so small that the
@@ -83,6 +104,10 @@ SERAPH_INLINE F32 exp(F32 x) {
 SERAPH_INLINE float levels_per_unit(float amax, float most) {
     const float quotient = most / amax;
     return quotient < std::numeric_limits<float>::infinity() ? quotient : 0.0f;
+}
+SERAPH_INLINE F32 levels_per_unit(F32 amax, float most) {
+    const F32 quotient = set1(most) / amax;
+    return select(less(quotient, set1(std::numeric_limits<float>::infinity())), quotient, zero_f32());
 }
 
 SERAPH_INLINE float exp1(float x) {

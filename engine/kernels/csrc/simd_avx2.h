@@ -100,6 +100,9 @@ SERAPH_INLINE I32 shift_left(I32 a) {
 SERAPH_INLINE F32 as_f32(I32 a) {
     return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
 }
+SERAPH_INLINE I32 as_i32(F32 a) {
+    return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
 
 SERAPH_INLINE F32 load_f16(const uint16_t* p) {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);

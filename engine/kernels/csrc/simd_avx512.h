@@ -92,6 +92,9 @@ SERAPH_INLINE I32 shift_left(I32 a) {
 SERAPH_INLINE F32 as_f32(I32 a) {
     return {_mm512_castsi512_ps(a.v)};
 }
+SERAPH_INLINE I32 as_i32(F32 a) {
+    return {_mm512_castps_si512(a.v)};
+}
 
 SERAPH_INLINE F32 load_f16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -121,6 +124,40 @@ SERAPH_INLINE float reduce_max(F32 a) {
 }
 SERAPH_INLINE int32_t reduce_add(I32 a) {
     return _mm512_reduce_add_epi32(a.v);
+}
+// Eight reductions at once: lane r of the lower eight is that of rows[r]. Two registers become one in every round, so
+// there are half as many shuffles as in eight reductions by themselves.
+template <class Join>
+SERAPH_INLINE __m512 reduce_rows(const __m512 (&rows)[8], const Join& join) {
+    __m512 two[4]; // rows i and i + 1, half and half
+    for (int i = 0; i < 4; ++i) {
+        two[i] = join(_mm512_shuffle_f32x4(rows[2 * i], rows[2 * i + 1], 0x44),
+                      _mm512_shuffle_f32x4(rows[2 * i], rows[2 * i + 1], 0xee));
+    }
+    __m512 four[2]; // rows i to i + 3, a quarter each
+    for (int i = 0; i < 2; ++i) {
+        four[i] = join(_mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0x88),
+                       _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xdd));
+    }
+    // Quarter i: rows i and i + 4 in turn.
+    const __m512 pairs = join(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1]));
+    const __m512 all = join(pairs, _mm512_permute_ps(pairs, 0x4e));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0), all);
+}
+SERAPH_INLINE F32 reduce_max(const F32 (&rows)[8]) {
+    __m512 v[8];
+    for (int r = 0; r < 8; ++r)
+        v[r] = rows[r].v;
+    return {reduce_rows(v, [](__m512 a, __m512 b) SERAPH_INLINE_LAMBDA { return _mm512_max_ps(a, b); })};
+}
+SERAPH_INLINE I32 reduce_add(const I32 (&rows)[8]) {
+    __m512 v[8];
+    for (int r = 0; r < 8; ++r)
+        v[r] = _mm512_castsi512_ps(rows[r].v);
+    const auto add = [](__m512 a, __m512 b) SERAPH_INLINE_LAMBDA {
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    };
+    return {_mm512_castps_si512(reduce_rows(v, add))};
 }
 
 // 16 int32 in [-128, 127] to bytes.

@@ -109,6 +109,9 @@ SERAPH_INLINE I32 shift_left(I32 a) {
 SERAPH_INLINE F32 as_f32(I32 a) {
     return {reinterpret_cast<VecF>(a.v)};
 }
+SERAPH_INLINE I32 as_i32(F32 a) {
+    return {reinterpret_cast<VecI>(a.v)};
+}
 
 SERAPH_INLINE float f16_to_f32(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;

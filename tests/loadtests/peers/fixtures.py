@@ -15,7 +15,7 @@ PEERS = ("llamacpp", "openvino", "vllm")
 def header(**plan: object) -> Header:
     return Header(
         machine={"processor": "A processor", "memory": "24.0 GiB"},
-        plan={"peers": list(PEERS), "rounds": 3, "concurrency": [1, 32], "contexts": [128, 8064], **plan},
+        plan={"peers": list(PEERS), "rounds": 3, "whole": 3, "concurrency": [1, 32], "contexts": [128, 8064], **plan},
         versions={OURS: "Seraph abc1234", "llamacpp": "llama.cpp b1", "openvino": "OpenVINO", "vllm": "vLLM"},
     )
 

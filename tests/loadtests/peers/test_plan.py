@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from loadtests.peers.plan import OURS, Task, first_seed, num_requests, tasks, turns
+from loadtests.peers.plan import BARRED, OURS, Task, first_seed, num_requests, tasks, turns
 from loadtests.peers.serving import FIRST_ID, LAST_ID, random_prompt
 
 TASKS = tasks((1, 64), (128, 8064))
@@ -20,6 +20,25 @@ def test_every_pair_stands_together_and_alternates() -> None:
     assert [turn.system for turn in of_one] == [OURS, "b", OURS, "b"]
     of_round = [turn for turn in order[::2] if turn.pair == "a" and turn.round == 0]
     assert all(one.system != other.system for one, other in pairwise(of_round))
+
+
+def test_later_rounds_are_of_what_the_bars_compare() -> None:
+    groups: dict[str, list[tuple[Task, ...]]] = {"openvino": [(task,) for task in TASKS], "vllm": [TASKS], "x": [TASKS]}
+    order = list(turns(groups, rounds=7, whole=3))
+    of_whole = [turn for turn in turns(groups, rounds=3) if turn.pair == "openvino"]
+    assert [turn for turn in order if turn.pair == "openvino"][: len(of_whole)] == of_whole
+    later = [turn for turn in order if turn.round >= 3]
+    assert {turn.round for turn in later} == {3, 4, 5, 6}
+    for pair in ("openvino", "vllm"):
+        compared = [task for turn in later for task in turn.tasks if (turn.pair, turn.system) == (pair, OURS)]
+        assert {task.name for task in compared} == BARRED[pair].keys()
+        assert all(task.concurrency == (32,) for task in compared if task.kind == "serve")
+        assert len(compared) == 4 * len(BARRED[pair])
+    assert all(turn.pair != "x" for turn in later)
+
+
+def test_every_bar_names_a_task() -> None:
+    assert {name for of_peer in BARRED.values() for name in of_peer} <= {task.name for task in TASKS}
 
 
 def test_the_order_is_the_same_every_time() -> None:
