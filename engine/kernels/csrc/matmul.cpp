@@ -76,7 +76,7 @@ void quantize_rows(const float* x, int k, const QuantRows& to, int row, int rows
 namespace {
 
 constexpr int kRowBytes = kStrip / 2 * 4; // four bytes of each output of a half
-constexpr int kFetch = 8 << 10;           // bytes from what a pass reads to what it fetches meanwhile
+constexpr int kFetch = 8 << 10;           // bytes from what an only pass reads to what it fetches meanwhile
 
 // Unrolled, sums stay in registers. A portable build has none wide enough, and unrolling its byte products takes the
 // compiler minutes.
@@ -201,14 +201,12 @@ void strip_rows(const Matrix& w, const uint8_t* strip, int first_half, int last_
         cell_half<BITS, MIN, R>(cell + half * half_bytes, scales + half * 32, scales + kStrip + half * 32, quads,
                                 x.scale + at, x.scaled_sum + at, x.start + at, sums);
     };
-    // The more there is to compute for each byte, the less far ahead the hardware fetches: without this, from memory, 4
-    // rows took a quarter longer and 8 rows of 8-bit weights twice as long. Only one row of those it serves better
-    // alone.
-    const uint8_t* from = ahead.from ? ahead.from : strip + kFetch;
-    const int step = ahead.from ? ahead.step : cell_bytes;
+    const int near = ahead.near ? ahead.step : 0, far = ahead.step - near;
     const auto fetch = [&](int g) SERAPH_INLINE_LAMBDA {
-        for (int line = 0; (BITS == 4 || R > 1) && line < step; line += 64)
-            __builtin_prefetch(from + static_cast<int64_t>(g) * step + line, 0, 2);
+        for (int line = 0; line < far; line += 64)
+            __builtin_prefetch(ahead.from + static_cast<int64_t>(g) * far + line, 0, 2);
+        for (int line = 0; line < near; line += 64)
+            __builtin_prefetch(ahead.from + static_cast<int64_t>(g) * near + line, 0, 3);
     };
     for (int r = 0; r < R; ++r) {
         for (int c = first_half * 32; c < last_half * 32; c += kLanes)
@@ -269,10 +267,20 @@ void dispatch_rows(const Matrix& w, const uint8_t* strip, int first, int last, c
 
 } // namespace
 
-Ahead next_strip(const Matrix& w, int strip, int pass, int passes) {
-    const int64_t share = w.strip_bytes() / w.num_groups() / (passes - 1);
-    const int step = static_cast<int>((share + 63) / 64 * 64);
-    return {w.data + (strip + 1) * w.strip_bytes() + static_cast<int64_t>(pass - 1) * w.num_groups() * step, step};
+Ahead ahead_of(const Matrix& w, int strip, int pass, int passes, int rows) {
+    const uint8_t* own = w.data + strip * w.strip_bytes();
+    const int cell = w.cell_bytes();
+    // The more there is to compute for each byte, the less far ahead the hardware fetches: without this, from memory, 4
+    // rows took a quarter longer and 8 rows of 8-bit weights twice as long. Only one row of those it serves better
+    // alone.
+    if (passes == 1)
+        return {own + kFetch, w.bits == 4 || rows > 1 ? cell : 0, false};
+    // The strip stays in the first-level cache, or all but, for the passes that follow.
+    if (pass == 0)
+        return {own + 2 * cell, cell, true};
+    // They find it there and have time to fetch the next one, a share each.
+    const int step = (cell / (passes - 1) + 63) / 64 * 64;
+    return {own + w.strip_bytes() + static_cast<int64_t>(pass - 1) * w.num_groups() * step, step, false};
 }
 
 void project_strip(const Matrix& w, int strip, int first_half, int last_half, const InputRows& x, int row, int rows,

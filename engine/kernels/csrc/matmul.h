@@ -60,16 +60,15 @@ void fetch_group(int k, const QuantRows& to, int row, int group);
 // x, float32 [rows, k], into the rows from `row` on of `to`.
 void quantize_rows(const float* x, int k, const QuantRows& to, int row, int rows);
 
-// What a pass over a strip fetches into the second-level cache: `step` bytes a group. Without `from` its own weights, a
-// little ahead of their use.
+// What a pass over a strip fetches meanwhile: `step` bytes a group.
 struct Ahead {
     const uint8_t* from = nullptr;
     int step = 0;
+    bool near = false; // into the first-level cache, else the second
 };
 
-// The share of pass number `pass` of `passes` in fetching the next strip: several passes, of a few rows each, go over a
-// strip, and after the first, which finds it in memory, there is time for that.
-Ahead next_strip(const Matrix& w, int strip, int pass, int passes);
+// Of pass number `pass` of `passes`, of up to kMaxRows rows each, over a strip.
+Ahead ahead_of(const Matrix& w, int strip, int pass, int passes, int rows);
 
 // out[r * 64 + c] = row r times output c of a strip, for `rows` <= kMaxRows rows from `row` on, a multiple of kMaxRows.
 // Only the 32-output halves [first_half, last_half) of the strip are computed. Each output's sum runs over the groups
@@ -89,8 +88,7 @@ void project_tile(const Matrix& w, int strip, int first_half, int last_half, con
     for (int pass = 0; pass < passes; ++pass) {
         const int row = begin + pass * kMaxRows, rows = std::min(kMaxRows, begin + count - row);
         before(row, rows);
-        project_strip(w, strip, first_half, last_half, x, row, rows, out,
-                      pass > 0 ? next_strip(w, strip, pass, passes) : Ahead{});
+        project_strip(w, strip, first_half, last_half, x, row, rows, out, ahead_of(w, strip, pass, passes, rows));
         then(row, rows);
     }
 }
