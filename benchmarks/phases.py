@@ -20,6 +20,8 @@ class Phases:
         tensors = {name: (t.data.nbytes, t.format) for name, t in model.weights.items()}
         tensors.setdefault("head", tensors["embed"])
         for phase, tensor in PROJECTIONS.items():
+            if model.info.spec.num_experts and phase in ("gate_up", "down"):
+                continue  # which experts' weights a step reads is not known
             own = [v for name, v in tensors.items() if name.split(".")[-1] == tensor]
             operations = sum(2 * fmt.n * fmt.k for _, fmt in own if fmt is not None)
             self.projections[phase] = sum(nbytes for nbytes, _ in own), operations

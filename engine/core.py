@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -69,7 +70,8 @@ class EngineCore:
         self.max_model_len = resolve_max_model_len(config, model.info, self.num_blocks)
         self._weights = describe_weights(model.weights)
         self.program = create(
-            model.info.spec,
+            # Some ropes turn otherwise where more positions are served.
+            replace(model.info.spec, max_position=self.max_model_len),
             resident_weights(config.huge_pages, model, memory()),
             num_blocks=self.num_blocks,
             threads=config.threads or available_cpus(),

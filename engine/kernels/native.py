@@ -51,12 +51,7 @@ class NativeProgram:
         self._previous_rows = 0
         self._sampling: SamplingArrays | None = None  # of the last step, and what was made of it
         self._native: Any = None
-        layers = [f"layers.{i}." for i in range(spec.num_layers)]
-        vectors = [layer + name for layer in layers for name in ("attn_norm", "ffn_norm")] + ["final_norm"]
-        matrices = ["embed"] + [layer + name for layer in layers for name in ("qkv", "o", "gate_up", "down")]
-        if not spec.tie_embeddings:
-            matrices.append("head")
-        self._rope = RopeTables(spec.rope, spec.max_position)
+        self._ropes = [RopeTables(rope, spec.max_position) for rope in spec.ropes()]
         self._program: Any = module.Program(
             shape=module.DecoderShape(
                 num_layers=spec.num_layers,
@@ -64,15 +59,24 @@ class NativeProgram:
                 num_heads=spec.num_heads,
                 num_kv_heads=spec.num_kv_heads,
                 head_dim=spec.head_dim,
+                rope_dim=spec.rope.dim,
                 intermediate=spec.intermediate_size,
                 vocab=spec.vocab_size,
                 norm_eps=spec.norm_eps,
+                embedding_scale=spec.embedding_scale,
+                attention_scale=spec.query_scale(),
+                attention_softcap=spec.attention_softcap,
+                final_softcap=spec.final_softcap,
+                activation=getattr(module.Activation, spec.activation),
+                num_experts=spec.num_experts,
+                experts_per_token=spec.experts_per_token,
+                normalize_experts=spec.normalize_experts,
             ),
-            vectors=[weights[name].data for name in vectors],
-            matrices=[native_matrix(weights[name]) for name in matrices],
-            tied=spec.tie_embeddings,
-            rope_cos=self._rope.cos,
-            rope_sin=self._rope.sin,
+            vectors={name: tensor.data for name, tensor in weights.items() if tensor.format is None},
+            matrices={name: native_matrix(tensor) for name, tensor in weights.items() if tensor.format is not None},
+            windows=[spec.window(i) for i in range(spec.num_layers)],
+            ropes=[(tables.cos, tables.sin) for tables in self._ropes],
+            rope_of=[spec.rope_index(i) for i in range(spec.num_layers)],
             num_blocks=num_blocks,
             kv_int8=kv_dtype == "int8",
             threads=threads,
@@ -84,7 +88,9 @@ class NativeProgram:
             check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
         lens = batch.seq_lens
         if lens.size:
-            self._rope.reach(int(lens.max()))
+            longest = int(lens.max())
+            for tables in self._ropes:
+                tables.reach(longest)
         if batch.sampling is not self._sampling:
             self._sampling, self._native = batch.sampling, None
         num_rows = 0 if self._sampling is None else batch.logits_rows.size
@@ -151,7 +157,7 @@ class RopeTables:
     """
 
     def __init__(self, rope: RopeSpec, max_position: int) -> None:
-        self._frequencies = rope.frequencies()
+        self._frequencies, self._factor = rope.frequencies(max_position), rope.attention_factor
         self.cos = np.empty((max_position, rope.dim // 2), np.float32)  # rows from num_ready on are not written yet
         self.sin = np.empty_like(self.cos)
         self.num_ready = 0
@@ -162,6 +168,6 @@ class RopeTables:
             return
         end = min(-(-num_positions // ROPE_PIECE) * ROPE_PIECE, len(self.cos))
         angles = np.arange(self.num_ready, end)[:, None] * self._frequencies
-        self.cos[self.num_ready : end] = np.cos(angles)
-        self.sin[self.num_ready : end] = np.sin(angles)
+        self.cos[self.num_ready : end] = np.cos(angles) * self._factor
+        self.sin[self.num_ready : end] = np.sin(angles) * self._factor
         self.num_ready = end

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engine.config import BLOCK_SIZE, KV_DTYPES
 from engine.kernels.batch import Float32, Int32, StepBatch, Weights
 from engine.kernels.layout import GROUP, LANES, PackedTensor, dequantize, from_bf16, to_bf16, unpack_matrix
-from engine.kernels.reference_math import exp, fma, sum_lanes
+from engine.kernels.reference_math import exp, fma, gelu_tanh, silu, softcapped, sum_lanes
 from engine.kernels.reference_sampler import sample
 from engine.kernels.validate import check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
@@ -90,18 +90,16 @@ class ReferenceProgram:
         deferred = token_ids < 0
         token_ids[deferred] = np.maximum(self._chosen[-1 - token_ids[deferred]], 0)
         x = self._matrices["embed"].rows(token_ids)  # float32 [T, hidden], the residual stream
+        x = x * np.float32(spec.embedding_scale)
 
         for i in range(spec.num_layers):
             layer = f"layers.{i}."
-            normed = rms_norm(x, self._vectors[layer + "attn_norm"], spec.norm_eps)
-            qkv = self._matrices[layer + "qkv"].project(normed)
-            q, k, v = np.split(qkv, (spec.q_size, spec.q_size + spec.kv_size), axis=1)
-            attended = self._attention(kv[:, i], batch, q, k, v)
-            x = x + self._matrices[layer + "o"].project(attended)
+            attended = self._attention(kv[:, i], batch, i, self._normed(layer + "attn_norm", x))
+            x = x + self._normed(layer + "post_attn_norm", self._matrices[layer + "o"].project(attended))
 
-            normed = rms_norm(x, self._vectors[layer + "ffn_norm"], spec.norm_eps)
-            gated = gated_silu(self._matrices[layer + "gate_up"].project(normed))
-            x = x + self._matrices[layer + "down"].project(gated)
+            normed = self._normed(layer + "ffn_norm", x)
+            added = self._experts(i, normed) if spec.num_experts else self._feed_forward(layer, normed)
+            x = x + self._normed(layer + "post_ffn_norm", added)
 
         self._chosen = np.empty(0, np.int32)
         if len(batch.logits_rows) and not (batch.sampling is None and batch.logits is None and batch.hidden is None):
@@ -110,6 +108,7 @@ class ReferenceProgram:
                 batch.hidden[...] = hidden
             if batch.sampling is not None or batch.logits is not None:
                 logits = self._matrices["embed" if spec.tie_embeddings else "head"].project(hidden)
+                logits = softcapped(logits, spec.final_softcap)
                 if batch.logits is not None:
                     batch.logits[...] = logits
                 if batch.sampling is not None:
@@ -131,18 +130,50 @@ class ReferenceProgram:
             raise RuntimeError("the program is closed")
         return self._kv
 
-    def _attention(self, kv: Float32, batch: StepBatch, q: Float32, k: Float32, v: Float32) -> Float32:
-        """Grouped-query attention over one layer's paged keys and values; q, k, v [T, heads * head_dim] -> [T, q_size].
+    def _normed(self, name: str, x: Float32) -> Float32:
+        """x after the norm of that name, where the model has it."""
+        weight = self._vectors.get(name)
+        return x if weight is None else rms_norm(x, weight, self.spec.norm_eps)
+
+    def _feed_forward(self, name: str, normed: Float32) -> Float32:
+        """The gated feed-forward whose tensors' names begin with `name`; [T, hidden] -> [T, hidden]."""
+        gate_up = self._matrices[name + "gate_up"].project(normed)
+        return self._matrices[name + "down"].project(gated(gate_up, self.spec.activation))
+
+    def _experts(self, layer: int, normed: Float32) -> Float32:
+        """A mixture of experts: of each token the weighted sum of what its experts make of it, the best one's first."""
+        spec = self.spec
+        logits = self._matrices[f"layers.{layer}.router"].project(normed)
+        chosen, weights = route(logits, spec.experts_per_token, normalize=spec.normalize_experts)
+        made = np.zeros((*chosen.shape, spec.hidden_size), np.float32)
+        for expert, name in enumerate(spec.feed_forwards(layer)):
+            tokens, slots = np.nonzero(chosen == expert)
+            if len(tokens):
+                made[tokens, slots] = self._feed_forward(name, normed[tokens])
+        total = np.zeros_like(normed)
+        for slot in range(spec.experts_per_token):
+            total = fma(weights[:, slot, None], made[:, slot], total)
+        return total
+
+    def _attention(self, kv: Float32, batch: StepBatch, layer: int, normed: Float32) -> Float32:
+        """Grouped-query attention over one layer's paged keys and values; normed [T, hidden] -> [T, q_size].
 
         `kv` [block, 2, KV head, slot, lane] receives the keys and values of this step first. Queries carry the
-        softmax's scale 1 / sqrt(head_dim).
+        softmax's scale.
         """
-        spec = self.spec
-        cos, sin = rope_tables(batch.positions, spec.rope)
-        queries = rotate(q.reshape(-1, spec.num_heads, spec.head_dim), cos, sin)
-        queries *= np.float32(1) / np.sqrt(np.float32(spec.head_dim))
-        keys = rotate(k.reshape(-1, spec.num_kv_heads, spec.head_dim), cos, sin)
+        spec, name = self.spec, f"layers.{layer}."
+        qkv = self._matrices[name + "qkv"].project(normed)
+        if spec.qkv_bias:
+            qkv = qkv + self._vectors[name + "qkv_bias"]
+        q, k, v = np.split(qkv, (spec.q_size, spec.q_size + spec.kv_size), axis=1)
+        queries = q.reshape(-1, spec.num_heads, spec.head_dim)
+        keys = k.reshape(-1, spec.num_kv_heads, spec.head_dim)
         values = v.reshape(-1, spec.num_kv_heads, spec.head_dim)
+        if spec.qk_norm:
+            queries, keys = self._normed(name + "q_norm", queries), self._normed(name + "k_norm", keys)
+        cos, sin = rope_tables(batch.positions, spec.ropes()[spec.rope_index(layer)], spec.max_position)
+        queries = rotate(queries, cos, sin) * np.float32(spec.query_scale())
+        keys = rotate(keys, cos, sin)
 
         request_of_token = np.repeat(np.arange(len(batch.seq_lens)), np.diff(batch.query_starts))
         blocks = batch.block_tables[0, request_of_token, batch.positions // BLOCK_SIZE]
@@ -153,9 +184,14 @@ class ReferenceProgram:
         attended = np.empty_like(queries)
         for r, seq_len in enumerate(batch.seq_lens):
             rows = slice(batch.query_starts[r], batch.query_starts[r + 1])
-            limits = batch.positions[rows] + 1 if batch.causal else np.full(rows.stop - rows.start, seq_len)
+            after = batch.positions[rows] + 1
+            limits = after if batch.causal else np.full_like(after, seq_len)
+            window = spec.window(layer)
+            lows = np.maximum(after - window, 0) if window else np.zeros_like(after)
             context = kv[batch.block_tables[0, r, : -(-seq_len // BLOCK_SIZE)]]
-            attended[rows] = attend(queries[rows], context, limits, quantized=self._kv_dtype == "int8")
+            attended[rows] = attend(
+                queries[rows], context, lows, limits, softcap=spec.attention_softcap, quantized=self._kv_dtype == "int8"
+            )
         return attended.reshape(-1, spec.q_size)
 
     def _stored(self, vectors: Float32) -> Float32:
@@ -288,40 +324,64 @@ def integer_product(a: Float32, b: Float32) -> Float32:
 
 
 def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
-    """Scale rows [T, hidden] to a root mean square of 1, then columns by `weight` (Zhang and Sennrich, 2019)."""
-    lanes = np.zeros((len(x), LANES), np.float32)
-    for part in np.split(x, x.shape[1] // LANES, axis=1):
+    """Scale vectors [..., n] to a root mean square of 1, then lanes by `weight` (Zhang and Sennrich, 2019)."""
+    lanes = np.zeros((*x.shape[:-1], LANES), np.float32)
+    for part in np.split(x, x.shape[-1] // LANES, axis=-1):
         lanes = fma(part, part, lanes)
-    mean = sum_lanes(lanes)[:, None] / np.float32(x.shape[1])
+    mean = sum_lanes(lanes)[..., None] / np.float32(x.shape[-1])
     normed: Float32 = x * (np.float32(1) / np.sqrt(mean + np.float32(eps))) * weight
     return normed
 
 
-def gated_silu(gate_up: Float32) -> Float32:
-    """silu(gate) * up of [T, 2 * intermediate], where 32 gate columns alternate with the 32 up columns they gate."""
+def gated(gate_up: Float32, activation: str) -> Float32:
+    """activation(gate) * up of [T, 2 * intermediate], where 32 gate columns alternate with the 32 up columns they
+    gate."""
     pairs = gate_up.reshape(len(gate_up), -1, 2, GROUP)
     gate, up = pairs[:, :, 0], pairs[:, :, 1]
-    gated: Float32 = gate / (1 + exp(-gate)) * up
-    return gated.reshape(len(gate_up), -1)
+    passed: Float32 = (silu(gate) if activation == "silu" else gelu_tanh(gate)) * up
+    return passed.reshape(len(gate_up), -1)
 
 
-def rope_tables(positions: Int32, rope: RopeSpec) -> tuple[Float32, Float32]:
+def route(logits: Float32, wanted: int, *, normalize: bool) -> tuple[NDArray[np.int64], Float32]:
+    """The experts with the `wanted` largest logits of each token, of equal ones the first, and their weights: the
+    softmax of all logits [T, experts] or, normalized, of theirs alone. Both [T, wanted], the best first."""
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, :wanted]
+    sizes = exp(logits - np.take_along_axis(logits, chosen[:, :1], axis=1))
+    weights = np.take_along_axis(sizes, chosen, axis=1)
+    total = np.zeros(len(logits), np.float32)
+    for column in (weights if normalize else sizes).T:  # in this order
+        total = total + column
+    return chosen, weights / total[:, None]
+
+
+def rope_tables(positions: Int32, rope: RopeSpec, context: int = 0) -> tuple[Float32, Float32]:
     """cos and sin of each pair's angle, computed in float64; float32 [T, 1, dim / 2]."""
-    angles = positions[:, None, None] * rope.frequencies()
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    angles = positions[:, None, None] * rope.frequencies(context)
+    factor = rope.attention_factor
+    return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
 
 
 def rotate(heads: Float32, cos: Float32, sin: Float32) -> Float32:
-    """Turn lane i of each head [T, heads, dim] with lane i + dim / 2 (Su et al., 2021, in the half-split order)."""
-    low, high = np.split(heads, 2, axis=-1)
-    return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
+    """Turn lane i of each head [T, heads, head_dim] with lane i + dim / 2 (Su et al., 2021, in the half-split order);
+    lanes from dim on stay. cos and sin [T, 1, dim / 2]."""
+    half = cos.shape[-1]
+    low, high, rest = np.split(heads, (half, 2 * half), axis=-1)
+    return np.concatenate((low * cos - high * sin, high * cos + low * sin, rest), axis=-1)
 
 
-def attend(queries: Float32, context: Float32, limits: NDArray[np.integer], *, quantized: bool = False) -> Float32:
+def attend(
+    queries: Float32,
+    context: Float32,
+    lows: NDArray[np.integer],
+    limits: NDArray[np.integer],
+    *,
+    softcap: float = 0.0,
+    quantized: bool = False,
+) -> Float32:
     """Softmax attention of one request's rows; queries [rows, heads, head_dim], and so is the result.
 
-    `context` [block, 2, KV head, slot, lanes and their factor] are its keys and values; row i sees positions 0 to
-    limits[i] - 1, and `limits` never falls. Beside lanes that are 8-bit integers, `quantized`, queries and weights
+    `context` [block, 2, KV head, slot, lanes and their factor] are its keys and values; row i sees positions lows[i] to
+    limits[i] - 1, and neither ever falls. Beside lanes that are 8-bit integers, `quantized`, queries and weights
     become 16-bit integers. Each segment of 512 positions has a softmax of its own, the segments are folded in order.
     """
     num_rows, num_heads, head_dim = queries.shape
@@ -329,14 +389,20 @@ def attend(queries: Float32, context: Float32, limits: NDArray[np.integer], *, q
     grouped = queries.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     whole = Softmax.empty(grouped)
     for first in range(0, len(context) * BLOCK_SIZE, SEGMENT):
-        # The rows that see this segment are the last ones.
-        row = int(np.searchsorted(limits, first, side="right"))
-        segment = Softmax.empty(grouped[row:])
+        # The rows that see this segment stand together.
+        rows = seeing(lows, limits, first, first + SEGMENT)
+        segment = Softmax.empty(grouped[rows])
         for block in range(first // BLOCK_SIZE, min((first + SEGMENT) // BLOCK_SIZE, len(context))):
-            segment.add_block(grouped[row:], context[block], limits[row:] - block * BLOCK_SIZE, quantized)
-        whole.fold(row, segment)
+            begin = block * BLOCK_SIZE
+            segment.add_block(grouped[rows], context[block], lows[rows] - begin, limits[rows] - begin, softcap, quantized)
+        whole.fold(rows, segment)
     out = whole.out * (np.float32(1) / sum_lanes(whole.sums))[..., None]
     return out.reshape(queries.shape)
+
+
+def seeing(lows: NDArray[np.integer], limits: NDArray[np.integer], begin: int, end: int) -> slice:
+    """The rows that see one of the positions [begin, end)."""
+    return slice(int(np.searchsorted(limits, begin, side="right")), int(np.searchsorted(lows, end, side="left")))
 
 
 @dataclass(slots=True)
@@ -352,13 +418,21 @@ class Softmax:
         shape = queries.shape[:-1]
         return cls(np.full(shape, -np.inf, np.float32), np.zeros((*shape, LANES), np.float32), np.zeros_like(queries))
 
-    def add_block(self, queries: Float32, block: Float32, counts: NDArray[np.integer], quantized: bool) -> None:
-        """One block of a context, of which row i sees the first counts[i] slots (none where <= 0)."""
-        row = int(np.searchsorted(counts, 0, side="right"))
-        if row == len(queries):
+    def add_block(
+        self,
+        queries: Float32,
+        block: Float32,
+        begins: NDArray[np.integer],
+        counts: NDArray[np.integer],
+        softcap: float,
+        quantized: bool,
+    ) -> None:
+        """One block of a context, of which row i sees the slots from begins[i] to counts[i] - 1 that there are."""
+        rows = seeing(begins, counts, 0, BLOCK_SIZE)
+        if rows.start >= rows.stop:
             return
-        queries, counts = queries[row:], counts[row:]
-        top, sums, out = self.top[row:], self.sums[row:], self.out[row:]
+        queries, begins, counts = queries[rows], begins[rows], counts[rows]
+        top, sums, out = self.top[rows], self.sums[rows], self.out[rows]
         keys, values = block[:, None, :, None]  # [1, KV head, 1, slot, lane]
         if quantized:
             quants, scales = quantize_vectors(queries, bits=16)
@@ -367,7 +441,9 @@ class Softmax:
             scores = np.zeros((*top.shape, BLOCK_SIZE), np.float32)
             for lane in range(queries.shape[-1]):
                 scores = fma(queries[..., lane, None], keys[..., lane], scores)
-        seen = (np.arange(BLOCK_SIZE) < counts[:, None])[:, None, None]
+        scores = softcapped(scores, softcap)
+        slots = np.arange(BLOCK_SIZE)
+        seen = ((slots >= begins[:, None]) & (slots < counts[:, None]))[:, None, None]
         scores = np.where(seen, scores, np.float32(-np.inf))
 
         higher = np.maximum(top, scores.max(axis=-1))
@@ -382,12 +458,12 @@ class Softmax:
             out[...] = fma(integer_product(quants, block[1, ..., :-1]), scales[..., None], out)
             return
         for slot in range(BLOCK_SIZE):
-            seeing = int(np.searchsorted(counts, slot, side="right"))
-            out[seeing:] = fma(weights[seeing:, ..., slot, None], values[..., slot, :-1], out[seeing:])
+            own = seeing(begins, counts, slot, slot + 1)
+            out[own] = fma(weights[own, ..., slot, None], values[..., slot, :-1], out[own])
 
-    def fold(self, row: int, later: Softmax) -> None:
-        """Add the positions of `later`, which has the rows from `row` on."""
-        top, sums, out = self.top[row:], self.sums[row:], self.out[row:]
+    def fold(self, rows: slice, later: Softmax) -> None:
+        """Add the positions of `later`, which has the rows `rows`."""
+        top, sums, out = self.top[rows], self.sums[rows], self.out[rows]
         higher = np.maximum(top, later.top)
         ours, theirs = exp(top - higher)[..., None], exp(later.top - higher)[..., None]
         sums[...] = fma(later.sums, theirs, sums * ours)

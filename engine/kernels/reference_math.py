@@ -52,6 +52,29 @@ def exp(x: Float32) -> Float32:
     return np.where(x < np.float32(-87), np.float32(0), np.ldexp(y, n.astype(np.int32)))
 
 
+def silu(x: Float32) -> Float32:
+    """x / (1 + e**-x)."""
+    result: Float32 = x / (1 + exp(-x))
+    return result
+
+
+def gelu_tanh(x: Float32) -> Float32:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x**3))), which is x / (1 + e**-2u) where tanh is taken of u
+    (Hendrycks and Gimpel, 2016)."""
+    inner = fma(x * x * x, np.float32(0.044715), x)
+    result: Float32 = x / (1 + exp(inner * np.float32(-1.59576912160573)))
+    return result
+
+
+def softcapped(x: Float32, limit: float) -> Float32:
+    """limit * tanh(x / limit), and x itself for a limit of 0."""
+    if limit == 0:
+        return x
+    cap, one, two = np.float32(limit), np.float32(1), np.float32(2)
+    result: Float32 = cap * (one - two / (exp(two * x / cap) + one))
+    return result
+
+
 def sum_lanes(lanes: Float32) -> Float32:
     """Sum the last axis, 16 lanes, by halves: lane i and i + 8, then i + 4, i + 2, i + 1."""
     width = LANES // 2

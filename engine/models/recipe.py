@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of the checkpoint and the shape it must have: (outputs, inputs), or (length,) for a vector."""
+    """Rows of one tensor of the checkpoint, and the shape they have: (outputs, inputs), or (length,) of a vector."""
 
     tensor: str
     shape: tuple[int, ...]
     interleaved_heads: int = 0  # rows hold this many heads stored for interleaved rope; 0: rows are taken as stored
+    first_row: int = 0  # in the tensor
+    stored: tuple[int, ...] = ()  # the shape that the tensor must have, where that is another; rows run through all
+    plus: float = 0.0  # added to a vector's values
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that the tensor must have."""
+        return self.stored or self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ def _stored_rows(part: Part) -> NDArray[np.int64]:
     Interleaved rope turns lanes 2i and 2i + 1 of a head together, half-split rope lanes i and i + dim / 2: lane
     (half j, i) is stored as lane 2i + j.
     """
-    rows = np.arange(part.shape[0])
+    rows = part.first_row + np.arange(part.shape[0])
     if not part.interleaved_heads:
         return rows
     return rows.reshape(part.interleaved_heads, -1, 2).transpose(0, 2, 1).reshape(-1)

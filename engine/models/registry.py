@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from engine.errors import UnsupportedModelError
-from engine.models import llama
+from engine.models import gemma, llama, phi, qwen
 from engine.models.blueprint import Blueprint, Description
 from engine.models.keys import shown
 
 Reader = Callable[[Description], Blueprint]
 """Raises UnsupportedModelError for whatever would make the answer differ from the checkpoint's own."""
 
-GGUF_FAMILIES: Mapping[str, Reader] = {"llama": llama.from_gguf}
+GGUF_FAMILIES: Mapping[str, Reader] = {
+    "llama": llama.from_gguf,
+    "qwen2": qwen.from_qwen2_gguf,
+    "qwen3": qwen.from_qwen3_gguf,
+    "qwen3moe": qwen.from_qwen3moe_gguf,
+    "gemma2": gemma.from_gemma2_gguf,
+    "gemma3": gemma.from_gemma3_gguf,
+    "phi3": phi.from_gguf,
+}
 """By `general.architecture`."""
 
-HUGGINGFACE_FAMILIES: Mapping[str, Reader] = {"llama": llama.from_llama_config, "mistral": llama.from_mistral_config}
+HUGGINGFACE_FAMILIES: Mapping[str, Reader] = {
+    "llama": llama.from_llama_config,
+    "mistral": llama.from_mistral_config,
+    "mixtral": llama.from_mixtral_config,
+    "qwen2": qwen.from_qwen2_config,
+    "qwen3": qwen.from_qwen3_config,
+    "qwen3_moe": qwen.from_qwen3_moe_config,
+    "gemma2": gemma.from_gemma2_config,
+    "gemma3_text": gemma.from_gemma3_config,
+    "phi3": phi.from_config,
+}
 """By config.json's `model_type`."""
 
 

@@ -19,52 +19,134 @@ from engine.models.spec import RopeSpec
 DEFAULT_THETA = 10000.0
 
 
-def from_huggingface(config: Mapping[str, object], dim: int) -> RopeSpec:
-    """The rope that a config.json describes, as transformers reads it.
+def from_huggingface(config: Mapping[str, object], head_dim: int, *, partial: bool = False) -> RopeSpec:
+    """The rope that a config.json describes, as transformers reads it. `partial`: of a family that may turn a part of
+    each head alone.
 
     Version 5 writes everything into `rope_parameters`, earlier versions wrote `rope_theta` beside `rope_scaling`, whose
     type was once called `type`. `config` has the family's `max_position_embeddings` where the file has none.
     """
     keys = Keys(config)
-    keys.neutral("partial_rotary_factor", 1.0)
     # Where a file has both, the older spelling counts: transformers moves it over the newer one.
     table = keys.table("rope_scaling") or keys.table("rope_parameters")
     rope = Keys(table)
-    rope.neutral("partial_rotary_factor", 1.0)
+    share = 1.0
+    if partial:
+        share = rope.positive("partial_rotary_factor", default=keys.positive("partial_rotary_factor", default=1.0))
+    else:
+        keys.neutral("partial_rotary_factor", 1.0)
+        rope.neutral("partial_rotary_factor", 1.0)
+    if share > 1:
+        raise UnsupportedModelError(f"partial_rotary_factor must be at most 1, got {share:g}.")
+    dim = int(head_dim * share)
     theta = rope.positive("rope_theta", default=keys.positive("rope_theta", default=DEFAULT_THETA))
     kind = rope.text("rope_type", default=rope.text("type", default="default"))
+    context = keys.count("max_position_embeddings")
     match kind:
         case "default":
-            factors: tuple[float, ...] = ()
+            return RopeSpec(theta=theta, dim=dim)
         case "linear":
-            factors = linear_factors(rope.positive("factor"), dim)
+            return RopeSpec(theta=theta, dim=dim, factors=linear_factors(rope.positive("factor"), dim))
         case "llama3":
-            context = rope.count("original_max_position_embeddings", keys.count("max_position_embeddings"), least=1)
             factors = llama3_factors(
                 theta,
                 dim,
                 factor=rope.positive("factor"),
                 low_freq_factor=rope.positive("low_freq_factor"),
                 high_freq_factor=rope.positive("high_freq_factor"),
-                original_context=keys.count("original_max_position_embeddings", default=context, least=1),
+                original_context=_original_context(keys, rope, context),
+            )
+            return RopeSpec(theta=theta, dim=dim, factors=factors)
+        case "yarn":
+            return _yarn_from_huggingface(keys, rope, theta, dim, _original_context(keys, rope, context))
+        case "longrope":
+            original = _original_context(keys, rope, context)
+            factor = rope.positive("factor", default=context / original)
+            return RopeSpec(
+                theta=theta,
+                dim=dim,
+                factors=_factor_list(rope, "short_factor", dim),
+                long_factors=_factor_list(rope, "long_factor", dim),
+                original_context=original,
+                attention_factor=rope.positive("attention_factor", default=longrope_attention(factor, original)),
             )
         case _:
             raise UnsupportedModelError(
-                f"rope scaling must be default, linear or llama3, the checkpoint has {shown(kind)}."
+                f"rope scaling must be default, linear, llama3, yarn or longrope, the checkpoint has {shown(kind)}."
             )
-    return RopeSpec(theta=theta, dim=dim, factors=factors)
 
 
-def from_gguf(keys: Keys, dim: int, frequency_factors: NDArray[np.float32] | None) -> RopeSpec:
+def _original_context(keys: Keys, rope: Keys, context: int) -> int:
+    """Positions of the first training: beside the scaling, or, where an older file has it, beside everything else."""
+    key = "original_max_position_embeddings"
+    return keys.count(key, default=rope.count(key, context, least=1), least=1)
+
+
+def _yarn_from_huggingface(keys: Keys, rope: Keys, theta: float, dim: int, original_context: int) -> RopeSpec:
+    factor = rope.positive("factor")
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if mscale and all_dim:
+        attention = yarn_attention(factor, rope.positive("mscale")) / yarn_attention(
+            factor, rope.positive("mscale_all_dim")
+        )
+    else:
+        attention = yarn_attention(factor)
+    return RopeSpec(
+        theta=theta,
+        dim=dim,
+        factors=yarn_factors(
+            theta,
+            dim,
+            factor=factor,
+            original_context=original_context,
+            beta_fast=rope.positive("beta_fast", default=32.0),
+            beta_slow=rope.positive("beta_slow", default=1.0),
+            whole=rope.flag("truncate", default=True),
+        ),
+        attention_factor=rope.positive("attention_factor", default=attention),
+    )
+
+
+def _factor_list(rope: Keys, key: str, dim: int) -> tuple[float, ...]:
+    values = rope.get(key)
+    usable = isinstance(values, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf for value in values
+    )
+    if not isinstance(values, list) or not usable or len(values) != dim // 2:
+        raise rope.error(key, f"{dim // 2} positive numbers")
+    return tuple(map(float, values))
+
+
+def from_gguf(
+    keys: Keys, dim: int, frequency_factors: NDArray[np.float32] | None, *, default_theta: float = DEFAULT_THETA
+) -> RopeSpec:
     """The rope that GGUF `keys` describe; `frequency_factors` is the tensor rope_freqs.weight, [dim / 2]."""
-    theta = keys.positive("rope.freq_base", default=DEFAULT_THETA)
+    theta = keys.positive("rope.freq_base", default=default_theta)
     kind = keys.text("rope.scaling.type", default="linear")  # the only one there was before it had a name
-    if kind not in ("none", "linear"):
-        raise UnsupportedModelError(f"rope scaling must be none or linear, the checkpoint has {shown(kind)}.")
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModelError(f"rope scaling must be none, linear or yarn, the checkpoint has {shown(kind)}.")
     key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"  # the old name
     stored = keys.get(key)
     unscaled = kind == "none" or stored is None or (isinstance(stored, (int, float)) and stored == 0)
     factor = 1.0 if unscaled else keys.positive(key)
+    if kind == "yarn":
+        if frequency_factors is not None:
+            raise UnsupportedModelError("rope scaling must be given once, the checkpoint has yarn and rope_freqs.weight.")
+        original = keys.count("rope.scaling.original_context_length", keys.count("context_length"), least=1)
+        return RopeSpec(
+            theta=theta,
+            dim=dim,
+            factors=yarn_factors(
+                theta,
+                dim,
+                factor=factor,
+                original_context=original,
+                beta_fast=keys.positive("rope.scaling.yarn_beta_fast", default=32.0),
+                beta_slow=keys.positive("rope.scaling.yarn_beta_slow", default=1.0),
+            ),
+            attention_factor=keys.positive("rope.scaling.attn_factor", default=1.0) * yarn_attention(factor),
+        )
+    keys.neutral("rope.scaling.attn_factor", 1.0)
     if frequency_factors is None:
         return RopeSpec(theta=theta, dim=dim, factors=linear_factors(factor, dim))
     if factor != 1.0:
@@ -72,6 +154,21 @@ def from_gguf(keys: Keys, dim: int, frequency_factors: NDArray[np.float32] | Non
             f"rope scaling must be given once, the checkpoint has {keys.name(key)} {factor:g} and rope_freqs.weight."
         )
     return RopeSpec(theta=theta, dim=dim, factors=tuple(frequency_factors.tolist()))
+
+
+def long_from_gguf(keys: Keys, dim: int, short: NDArray[np.float32], long: NDArray[np.float32]) -> RopeSpec:
+    """LongRoPE (Ding et al., 2024) as GGUF stores it: two tensors of factors, and what the first training had."""
+    kind = keys.text("rope.scaling.type", default="longrope")
+    if kind not in ("none", "longrope"):
+        raise UnsupportedModelError(f"rope scaling must be longrope beside its factors, the checkpoint has {shown(kind)}.")
+    return RopeSpec(
+        theta=keys.positive("rope.freq_base", default=DEFAULT_THETA),
+        dim=dim,
+        factors=tuple(short.tolist()),
+        long_factors=tuple(long.tolist()),
+        original_context=keys.count("rope.scaling.original_context_length", keys.count("context_length"), least=1),
+        attention_factor=keys.positive("rope.scaling.attn_factor", default=1.0),
+    )
 
 
 def linear_factors(factor: float, dim: int) -> tuple[float, ...]:
@@ -92,3 +189,48 @@ def llama3_factors(
     kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
     factors: list[float] = (1.0 / (kept + (1.0 - kept) / factor)).tolist()
     return tuple(factors)
+
+
+def yarn_factors(
+    theta: float,
+    dim: int,
+    *,
+    factor: float,
+    original_context: int,
+    beta_fast: float,
+    beta_slow: float,
+    whole: bool = True,
+) -> tuple[float, ...]:
+    """YaRN (Peng et al., 2023): pairs that turn more than `beta_fast` times within the original context stay, those
+    that turn less than `beta_slow` times are slowed down by `factor`, and between them the two are mixed. `whole`: the
+    two bounds are pairs, rounded outwards."""
+
+    if theta <= 1:
+        raise UnsupportedModelError(f"rope_theta must be above 1 beside yarn, got {theta:g}.")
+
+    def pair_of(turns: float) -> float:
+        return dim * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(beta_fast), pair_of(beta_slow)
+    if whole:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    slowed = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+    yarn: list[float] = (1.0 / (slowed / factor + 1.0 - slowed)).tolist()
+    return tuple(yarn)
+
+
+def yarn_attention(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN multiplies cos and sin by."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def longrope_attention(factor: float, original_context: int) -> float:
+    """The same of LongRoPE, for a context `factor` times the original one."""
+    if factor <= 1.0:
+        return 1.0
+    if original_context < 2:
+        raise UnsupportedModelError(f"original_max_position_embeddings must be at least 2, got {original_context}.")
+    return math.sqrt(1 + math.log(factor) / math.log(original_context))

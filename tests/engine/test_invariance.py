@@ -15,6 +15,7 @@ from engine.kernels import available_isas
 from engine.kernels.layout import PackedTensor, dequantize, pack_bf16, to_bf16
 from engine.request import EngineStats, Request, SamplingParams
 from engine.weights import PackedModel, load_model
+from tests.tiny_families import FAMILIES, tiny_folder, tiny_gguf
 from tests.tiny_gguf import write_tiny_llama
 
 NUM_REQUESTS = 32
@@ -103,11 +104,15 @@ def assert_same(tokens: Tokens, alone: Tokens) -> None:
     assert not different, f"{len(different)} of {len(alone)} requests got other tokens than alone: {different}"
 
 
-@pytest.fixture(scope="module", params=["4-bit", "bf16"])
+@pytest.fixture(scope="module", params=["4-bit", "bf16", *FAMILIES])
 def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     home = tmp_path_factory.mktemp("home")
     path = home / "tiny.gguf"
-    write_tiny_llama(path, hidden=96, layers=2, heads=6, kv_heads=2, ffn=160, context=1200, tie=False)
+    if request.param in FAMILIES:
+        folder = tiny_folder(request.param, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=96, context=1200)
+        tiny_gguf(request.param, folder, "Q4_1", head_dim=16).write(path)
+    else:
+        write_tiny_llama(path, hidden=96, layers=2, heads=6, kv_heads=2, ffn=160, context=1200, tie=False)
     model = load_model(str(path), home=home)
     if request.param == "bf16":
         model.weights = {name: in_bf16(tensor) for name, tensor in model.weights.items()}

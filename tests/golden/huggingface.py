@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from tests.tiny_families import tiny_folder
 from tests.tiny_hf import TinyFolder, encode
 
 
@@ -24,9 +26,11 @@ class Form:
     shards: int
     config: Mapping[str, object] = field(default_factory=dict)  # None: the key is left out
     layers: int = 2
+    family: str = ""  # of tests.tiny_families; none: a Llama
 
     def model(self, seed: int) -> TinyFolder:
-        made = TinyFolder(
+        make = partial(tiny_folder, self.family) if self.family else TinyFolder
+        made = make(
             hidden=self.hidden,
             layers=self.layers,
             heads=self.heads,
@@ -36,8 +40,8 @@ class Form:
             dtype=self.dtype,
             seed=seed,
             tie=self.tie,
-            config=self.config,
         )
+        made.config |= self.config
         made.config = {key: value for key, value in made.config.items() if value is not None}
         return made
 
@@ -66,6 +70,21 @@ FOLDERS: Mapping[str, Form] = {
     "tinyllama": Form(128, 8, 2, 16, 352, False, "F16", 1, {
         "rope_parameters": None, "head_dim": None, "rope_theta": 10000.0, "rope_scaling": None,
     }),
+    "mistral_sliding": Form(96, 4, 1, 32, 224, False, "BF16", 1, family="mistral"),
+    "qwen2": Form(128, 4, 2, 32, 96, True, "BF16", 1, family="qwen2"),
+    # All layers but the first slide.
+    "qwen3": Form(96, 4, 2, 32, 160, False, "BF16", 1, {
+        "use_sliding_window": True, "sliding_window": 33, "max_window_layers": 1,
+    }, layers=3, family="qwen3"),
+    "mixtral": Form(96, 4, 2, 32, 64, False, "BF16", 1, family="mixtral"),
+    "qwen3_moe": Form(64, 4, 2, 16, 96, True, "BF16", 1, family="qwen3_moe"),
+    "gemma2": Form(96, 4, 2, 48, 160, True, "BF16", 1, family="gemma2"),
+    "gemma3": Form(64, 4, 1, 32, 96, True, "BF16", 1, layers=7, family="gemma3"),
+    # A context within the first training's, so that the short factors turn; and one beyond it, the long ones.
+    "phi3": Form(64, 4, 2, 16, 96, False, "BF16", 1, {
+        "max_position_embeddings": 96, "original_max_position_embeddings": 96,
+    }, family="phi3"),
+    "phi3_long": Form(64, 4, 4, 16, 128, True, "BF16", 1, family="phi3"),
 }  # fmt: skip
 
 

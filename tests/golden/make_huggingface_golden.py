@@ -1,13 +1,15 @@
 """Make hf_*.npz and huggingface_configs.json with Hugging Face transformers; README.md says how and what.
 
 Every folder is loaded by transformers itself, from its files, and computed in float32 on the CPU. Nothing of `engine`
-is imported: the reference must not share our mistakes.
+is imported: the reference must not share our mistakes. Names of folders as arguments make their files alone.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +84,9 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def make_folders() -> None:
-    """For each of FOLDERS, token ids of one sequence and all its logits."""
-    for name in FOLDERS:
+def make_folders(names: Iterable[str]) -> None:
+    """For each of these FOLDERS, token ids of one sequence and all its logits."""
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             path = write_folder(Path(folder), name)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -121,8 +123,9 @@ def read_config(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    make_folders()
-
+    make_folders(sys.argv[1:] or FOLDERS)
+    if sys.argv[1:]:
+        return
     cases = [json.dumps({"config": values, "read": read_config(values)}) for values in CONFIGS]
     made_with = json.dumps(f"transformers {transformers.__version__}")
     lines = ",\n".join(cases)

@@ -51,6 +51,18 @@ SERAPH_INLINE void fetch(const uint8_t* line) {
     __builtin_prefetch(line, 0, 2);
 }
 
+// Of 32 lanes those outside [begin, end) become `other`.
+SERAPH_INLINE void only(F32& a, F32& b, int begin, int end, float other) {
+    if (end < kBlock) {
+        a = select(first_lanes(std::min(end, kLanes)), a, set1(other));
+        b = select(first_lanes(std::max(end - kLanes, 0)), b, set1(other));
+    }
+    if (begin > 0) {
+        a = select(first_lanes(std::min(begin, kLanes)), set1(other), a);
+        b = select(first_lanes(std::max(begin - kLanes, 0)), set1(other), b);
+    }
+}
+
 // The scales behind one head's keys, or values, of 8 bits, fetched.
 SERAPH_INLINE void fetch_scales(const uint8_t* side, int head_dim) {
     for (int at = 0; at < kBlock * static_cast<int>(sizeof(float)); at += 64)
@@ -204,10 +216,12 @@ SERAPH_INLINE void weigh_quants(const uint8_t* values, const uint8_t* ahead, int
     }
 }
 
-// One block for N queries: scores, running softmax, weighted values. The next block's are fetched on the way.
+// One block for N queries: scores, running softmax, weighted values. Query i attends tokens [begins[i], counts[i]), at
+// least one. The next block's keys and values are fetched on the way.
 template <int N, bool INT8>
 void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* keys_ahead, const uint8_t* values_ahead,
-                  int head_dim, const Query* const* queries, const int* counts, Softmax* const* states) {
+                  int head_dim, float softcap, const Query* const* queries, const int* begins, const int* counts,
+                  Softmax* const* states) {
     alignas(64) float weights[N * kBlock];
     alignas(64) int16_t quants[INT8 ? N * kBlock : 1];
     float scales[N];
@@ -219,12 +233,11 @@ void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* key
         least = std::min(least, counts[i]);
         most = std::max(most, counts[i]);
         F32 s0 = load(w), s1 = load(w + kLanes);
-        const Mask valid0 = first_lanes(std::min(counts[i], kLanes)),
-                   valid1 = first_lanes(std::max(counts[i] - kLanes, 0));
-        if (counts[i] < kBlock) {
-            s0 = select(valid0, s0, set1(kMinusInf));
-            s1 = select(valid1, s1, set1(kMinusInf));
+        if (softcap > 0) {
+            s0 = softcapped(s0, softcap);
+            s1 = softcapped(s1, softcap);
         }
+        only(s0, s1, begins[i], counts[i], kMinusInf);
         const float top = reduce_max(max(s0, s1));
         F32 sum = load(state.sum);
         if (top > state.max) {
@@ -238,10 +251,7 @@ void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* key
         }
         const F32 shift = set1(state.max);
         F32 p0 = exp(s0 - shift), p1 = exp(s1 - shift);
-        if (counts[i] < kBlock) {
-            p0 = select(valid0, p0, zero_f32());
-            p1 = select(valid1, p1, zero_f32());
-        }
+        only(p0, p1, begins[i], counts[i], 0.0f);
         store(state.sum, sum + (p0 + p1));
         store(w, p0);
         store(w + kLanes, p1);
@@ -253,10 +263,7 @@ void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* key
         const float* value_scales = scales_of(values, head_dim);
         F32 p0 = load(weights + i * kBlock) * load(value_scales),
             p1 = load(weights + i * kBlock + kLanes) * load(value_scales + kLanes);
-        if (counts[i] < kBlock) { // what lies past the count may have any scale
-            p0 = select(first_lanes(std::min(counts[i], kLanes)), p0, zero_f32());
-            p1 = select(first_lanes(std::max(counts[i] - kLanes, 0)), p1, zero_f32());
-        }
+        only(p0, p1, 0, counts[i], 0.0f); // what lies past the count may have any scale
         const float amax = reduce_max(max(p0, p1));
         const F32 levels = set1(levels_per_unit(amax, kMost16));
         store_i16(quants + i * kBlock, round_i32(p0 * levels));
@@ -281,8 +288,8 @@ void attend_block(const uint8_t* keys, const uint8_t* values, const uint8_t* key
         fetch(values_ahead + at);
 }
 
-using AttendBlock = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, const uint8_t*, int, const Query* const*,
-                             const int*, Softmax* const*);
+using AttendBlock = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, const uint8_t*, int, float,
+                             const Query* const*, const int*, const int*, Softmax* const*);
 
 // attend_block of 1, 2, ... kMaxQueries queries.
 template <bool INT8, int... LESS>
@@ -318,7 +325,7 @@ Query quantized_query(const float* x, int head_dim, int16_t* quants) {
 }
 
 void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first, const Query* queries,
-                    const int* limits, int num_queries, const uint8_t* after, Softmax* states) {
+                    const Span* spans, int num_queries, float softcap, const uint8_t* after, Softmax* states) {
     constexpr auto kCounts = std::make_integer_sequence<int, kMaxQueries>();
     static constexpr auto kBf16 = attend_blocks<false>(kCounts), kInt8 = attend_blocks<true>(kCounts);
     const auto& attend = kv.int8 ? kInt8 : kBf16;
@@ -327,27 +334,31 @@ void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, in
         states[i].max = kMinusInf;
         std::fill_n(states[i].sum, kLanes, 0.0f);
         std::fill_n(states[i].out, kv.head_dim, 0.0f);
-        last = std::max(last, limits[i]);
+        last = std::max(last, spans[i].limit);
     }
-    last = std::min(last, first + kSegment);
+    last = std::min(last, first / kSegment * kSegment + kSegment);
     for (int position = first; position < last; position += kBlock) {
-        // Queries whose sequence ends before this block drop out of it.
+        // Queries whose span ends before this block, or begins after it, drop out of it.
         const Query* q[kMaxQueries];
-        int counts[kMaxQueries], n = 0;
+        int begins[kMaxQueries], counts[kMaxQueries], n = 0;
         Softmax* live[kMaxQueries];
         for (int i = 0; i < num_queries; ++i) {
-            const int count = std::min(limits[i], last) - position;
-            if (count <= 0)
+            const int begin = std::max(spans[i].low - position, 0);
+            const int count = std::min(std::min(spans[i].limit, last) - position, kBlock);
+            if (count <= begin)
                 continue;
             q[n] = queries + i;
             live[n] = states + i;
-            counts[n++] = std::min(count, kBlock);
+            begins[n] = begin;
+            counts[n++] = count;
         }
+        if (n == 0)
+            continue;
         const int block = block_table[position / kBlock];
         const uint8_t* next =
             position + kBlock < last ? kv.keys(block_table[position / kBlock + 1], layer, head) : after;
         attend[n - 1](kv.keys(block, layer, head), kv.values(block, layer, head), next, next + kv.side_bytes(),
-                      kv.head_dim, q, counts, live);
+                      kv.head_dim, softcap, q, begins, counts, live);
     }
 }
 

@@ -51,11 +51,17 @@ struct Query {
 // The query x, float32 [head_dim], beside keys of int8; its quants are written to `quants`.
 Query quantized_query(const float* x, int head_dim, int16_t* quants);
 
-// One segment for up to kMaxQueries query vectors that share a KV head. Query i attends positions [first, limits[i]),
-// cut to the segment that starts at `first`; limits[i] <= first leaves it untouched. States are started here. Meanwhile
-// the keys and values of the block at `after`, which is attended next, are fetched.
+// The positions that a query attends: [low, limit).
+struct Span {
+    int low, limit;
+};
+
+// One segment, or what lies of it from `first`, the beginning of a block, on, for up to kMaxQueries query vectors that
+// share a KV head. Query i attends what of spans[i] lies there; where that is nothing it is left untouched. Scores are
+// bounded by `softcap`, see softcapped(), unless it is 0. States are started here. Meanwhile the keys and values of the
+// block at `after`, which is attended next, are fetched.
 void attend_segment(const KvCache& kv, const int32_t* block_table, int layer, int head, int first, const Query* queries,
-                    const int* limits, int num_queries, const uint8_t* after, Softmax* states);
+                    const Span* spans, int num_queries, float softcap, const uint8_t* after, Softmax* states);
 
 // Folds segment state `from` into `into` (empty when into.max is -inf). Folding in order of position gives the same
 // bits wherever it is done.

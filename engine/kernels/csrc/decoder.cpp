@@ -11,7 +11,6 @@ namespace seraph {
 namespace {
 
 constexpr int kOwnRows = 4;       // up to here every thread quantizes a projection's input for itself
-constexpr int kRowsPerTile = 8;   // of the row-wise phases
 constexpr int kPageFloats = 1024; // floats of a page of memory
 
 template <class T>
@@ -36,10 +35,18 @@ QuantRows Decoder::Activations::quants() {
 }
 
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCache& kv, int threads)
-    : shape_(shape), weights_(std::move(weights)), kv_(kv), team_(threads, 9 * shape.num_layers + 4),
-      attention_(kv_, shape.num_heads, threads), own_(static_cast<size_t>(threads)),
-      own_phase_(static_cast<size_t>(threads)), scratch_(static_cast<size_t>(threads)),
-      sampler_(static_cast<size_t>(threads)) {
+    : shape_(shape), weights_(std::move(weights)), kv_(kv), team_(threads, 13 * shape.num_layers + 4),
+      own_(static_cast<size_t>(threads)), own_phase_(static_cast<size_t>(threads)),
+      scratch_(static_cast<size_t>(threads)), sampler_(static_cast<size_t>(threads)) {
+    for (const DecoderLayer& layer : weights_.layers) {
+        size_t at = 0;
+        while (at < attentions_.size() && attentions_[at].window() != layer.window)
+            ++at;
+        if (at == attentions_.size())
+            attentions_.emplace_back(kv_, shape.num_heads, layer.window, shape.attention_softcap, threads);
+        attention_at_.push_back(at);
+        post_norms_ |= layer.post_attn_norm || layer.post_ffn_norm;
+    }
     const auto add = [this](Op op, int layer, const Matrix* w) { phases_.push_back({op, layer, w}); };
     add(Op::kEmbed, 0, &weights_.embed);
     for (int i = 0; i < shape.num_layers; ++i) {
@@ -50,9 +57,20 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCach
         add(Op::kAttend, i, nullptr);
         add(Op::kMerge, i, &layer.o);
         add(Op::kOut, i, &layer.o);
-        add(Op::kFfnNorm, i, &layer.gate_up);
-        add(Op::kGateUp, i, &layer.gate_up);
-        add(Op::kDown, i, &layer.down);
+        if (layer.experts.empty()) {
+            add(Op::kFfnNorm, i, &layer.gate_up);
+            add(Op::kGateUp, i, &layer.gate_up);
+            add(Op::kDown, i, &layer.down);
+            continue;
+        }
+        const Expert& first = layer.experts.front();
+        add(Op::kFfnNorm, i, &first.gate_up);
+        add(Op::kRoute, i, &layer.router);
+        add(Op::kDispatch, i, nullptr);
+        add(Op::kGather, i, &first.gate_up);
+        add(Op::kGateUp, i, &first.gate_up);
+        add(Op::kDown, i, &first.down);
+        add(Op::kCombine, i, nullptr);
     }
     add(Op::kFinal, 0, &weights_.head);
     add(Op::kHead, 0, &weights_.head);
@@ -63,8 +81,8 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCach
         if (op == Op::kQkv || op == Op::kOut || op == Op::kGateUp || op == Op::kHead) {
             if (w->quantized())
                 widest_quants_ = std::max(widest_quants_, w->k);
-            else if (op != Op::kOut)
-                widest_floats_ = std::max(widest_floats_, w->k);
+            if ((!w->quantized() && op != Op::kOut) || (op == Op::kGateUp && shape.num_experts > 0))
+                widest_floats_ = std::max(widest_floats_, w->k); // a router reads floats
         } else if (op == Op::kDown) {
             (w->quantized() ? gated_quants_wanted_ : gated_floats_wanted_) = true;
         }
@@ -97,8 +115,9 @@ void Decoder::profile(bool on) {
 }
 
 std::vector<std::pair<std::string, double>> Decoder::phase_seconds() const {
-    static constexpr const char* kNames[] = {"embed",    "attn_norm", "qkv",  "rope",  "attend", "merge", "out",
-                                             "ffn_norm", "gate_up",   "down", "final", "head",   "sample"};
+    static constexpr const char* kNames[] = {"embed",    "attn_norm", "qkv",    "rope",    "attend", "merge",
+                                             "out",      "ffn_norm",  "router", "dispatch", "gather", "gate_up",
+                                             "down",     "combine",   "final",  "head",    "sample"};
     static_assert(std::size(kNames) == static_cast<size_t>(Op::kCount));
     std::vector<std::pair<std::string, double>> all{{"prepare", prepare_seconds_}};
     for (size_t i = 0; i < std::size(kNames); ++i)
@@ -111,11 +130,27 @@ void Decoder::prepare(const Step& step) {
     const int64_t tokens = step.num_tokens, rows = step.num_rows;
     const int q_size = s.num_heads * s.head_dim;
     step_ = step;
-    own_activations_ = step.num_tokens <= kOwnRows;
+    // A norm that changes the residual stream must happen once.
+    own_activations_ = step.num_tokens <= kOwnRows && !post_norms_ && s.num_experts == 0;
+    const int64_t choices = tokens * s.experts_per_token;
+    // Each expert's rows begin a block of kMaxRows.
+    const int64_t routed = choices + (kMaxRows - 1) * std::min<int64_t>(s.num_experts, choices);
     grow(x_, tokens * s.hidden);
+    grow(branch_, post_norms_ ? tokens * s.hidden : 0);
     grow(qkv_, tokens * weights_.layers[0].qkv.n);
     grow(attended_, tokens * q_size);
-    gated_.make_room(tokens, gated_quants_wanted_ ? s.intermediate : 0, gated_floats_wanted_ ? s.intermediate : 0);
+    gated_.make_room(std::max(tokens, routed), gated_quants_wanted_ ? s.intermediate : 0,
+                     gated_floats_wanted_ ? s.intermediate : 0);
+    if (routed > 0) {
+        routed_.make_room(routed, s.hidden, s.hidden);
+        grow(routed_out_, routed * s.hidden);
+        grow(routing_.expert, choices);
+        grow(routing_.weight, choices);
+        grow(routing_.row_of, choices);
+        grow(routing_.token_of, QuantRows::whole(routed));
+        grow(routing_.first, s.num_experts);
+        grow(routing_.count, s.num_experts);
+    }
     grow(request_of_, tokens);
     shared_.make_room(std::max(tokens, rows), widest_quants_, widest_floats_);
     if (own_activations_) {
@@ -137,7 +172,8 @@ void Decoder::prepare(const Step& step) {
     for (int r = 0; r < step.num_requests; ++r) {
         std::fill(request_of_.begin() + step.query_starts[r], request_of_.begin() + step.query_starts[r + 1], r);
     }
-    attention_.plan(step_);
+    for (StepAttention& attention : attentions_)
+        attention.plan(step_);
     std::fill(own_phase_.begin(), own_phase_.end(), -1);
     for (size_t p = 0; p < phases_.size(); ++p)
         work_[p] = work_of(phases_[p]);
@@ -148,7 +184,7 @@ int Decoder::rows_of_tile(Op op, int rows) const {
     return tile_rows(rows, op == Op::kHead ? 1 : team_.size());
 }
 
-Team::Work Decoder::work_of(const Phase& phase) const {
+Team::Work Decoder::work_of(const Phase& phase) {
     const int row_tiles = ceil_div(step_.num_tokens, kRowsPerTile);
     // Few rows: a tile is half a strip, so that no thread waits long for another. A thread takes both halves of a strip
     // together wherever it can, for every other half of each cell streams from memory at less than half the pace.
@@ -158,6 +194,8 @@ Team::Work Decoder::work_of(const Phase& phase) const {
         return {phase.w->num_strips() * ceil_div(rows, rows_of_tile(phase.op, rows)), 1};
     };
     const bool wants_logits = step_.num_rows > 0 && (step_.logits || step_.sampling);
+    const int choices = step_.num_tokens * shape_.experts_per_token, active = std::min(choices, shape_.num_experts);
+    const Team::Work of_experts{phase.w ? active * phase.w->num_strips() : 0, 1}; // at most
     switch (phase.op) {
     case Op::kEmbed:
         return {step_.num_tokens, 1};
@@ -167,15 +205,23 @@ Team::Work Decoder::work_of(const Phase& phase) const {
     case Op::kRope:
         return {row_tiles, 1};
     case Op::kAttend:
-        return {attention_.num_tiles(), 1};
+        return {attention_of(phase.layer).num_tiles(), 1};
     case Op::kMerge:
-        return {own_activations_ || !phase.w->quantized() ? attention_.num_split_rows() : row_tiles, 1};
+        return {own_activations_ || !phase.w->quantized() ? attention_of(phase.layer).num_split_rows() : row_tiles, 1};
     case Op::kQkv:
     case Op::kOut:
-    case Op::kDown:
         return projection(step_.num_tokens, true);
+    case Op::kDown:
+        return shape_.num_experts > 0 ? of_experts : projection(step_.num_tokens, true);
     case Op::kGateUp: // its epilogue needs a strip's two halves, gate and up
-        return projection(step_.num_tokens, false);
+        return shape_.num_experts > 0 ? of_experts : projection(step_.num_tokens, false);
+    case Op::kRoute:
+    case Op::kCombine:
+        return {row_tiles, 1};
+    case Op::kDispatch:
+        return {1, 1};
+    case Op::kGather: // which experts have rows is not known yet: tiles past the last row do nothing
+        return {choices / kMaxRows + active, 1};
     case Op::kFinal:
         return {wants_logits || step_.hidden ? step_.num_rows : 0, 1};
     case Op::kHead:
@@ -195,15 +241,23 @@ void Decoder::compute(int phase, int first, int last, int thread) {
     case Op::kEmbed:
         return embed(first);
     case Op::kAttnNorm:
-        return norm_tile(layer.attn_norm, *w, first, thread);
+        return norm_tile(phase, first, thread);
     case Op::kRope:
         return rope(i, first, thread);
     case Op::kAttend:
-        return attention_.attend(i, first, qkv_.data(), layer.qkv.n, thread, attended_.data());
+        return attention_of(i).attend(i, first, qkv_.data(), layer.qkv.n, thread, attended_.data());
     case Op::kMerge:
-        return merge(*w, first);
+        return merge(attention_of(i), *w, first);
     case Op::kFfnNorm:
-        return norm_tile(layer.ffn_norm, *w, first, thread);
+        return norm_tile(phase, first, thread);
+    case Op::kRoute:
+        return route(i, first);
+    case Op::kDispatch:
+        return dispatch();
+    case Op::kGather:
+        return gather(first, w->quantized());
+    case Op::kCombine:
+        return combine(i, first);
     case Op::kQkv:
     case Op::kOut:
     case Op::kGateUp:
@@ -223,12 +277,16 @@ void Decoder::embed(int token) {
     int32_t id = step_.token_ids[token];
     if (id < 0)
         id = std::max(previous_[-1 - id], 0);
-    dequantize_row(weights_.embed, id, x_.data() + static_cast<int64_t>(token) * shape_.hidden);
+    float* x = x_.data() + static_cast<int64_t>(token) * shape_.hidden;
+    dequantize_row(weights_.embed, id, x);
+    if (shape_.embedding_scale != 1.0f) {
+        for (int i = 0; i < shape_.hidden; ++i)
+            x[i] *= shape_.embedding_scale;
+    }
 }
 
-// RMSNorm (Zhang and Sennrich, 2019) of one row, float32 [hidden].
-void Decoder::norm(const float* x, const float* weight, float* out) const {
-    const int n = shape_.hidden;
+// RMSNorm (Zhang and Sennrich, 2019) of x, float32 [n]; `out` may be x.
+void Decoder::norm(const float* x, const float* weight, int n, float* out) const {
     F32 sum = zero_f32();
     for (int i = 0; i < n; i += kLanes) {
         const F32 v = load(x + i);
@@ -243,16 +301,37 @@ void Decoder::norm(const float* x, const float* weight, float* out) const {
 void Decoder::norm_rows(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int rows,
                         int thread) {
     const int n = shape_.hidden;
-    float* normed = w.quantized() ? scratch_[thread].data() : to.values.data() + static_cast<int64_t>(row) * n;
+    const bool keep = !w.quantized() || shape_.num_experts > 0; // a router reads them too
+    float* normed = keep ? to.values.data() + static_cast<int64_t>(row) * n : scratch_[thread].data();
     for (int r = 0; r < rows; ++r)
-        norm(x + r * n, weight, normed + r * n);
+        norm(x + r * n, weight, n, normed + r * n);
     if (w.quantized())
         quantize_rows(normed, n, to.quants(), row, rows);
 }
 
-void Decoder::norm_tile(const float* weight, const Matrix& w, int tile, int thread) {
+// Row `row` of the residual stream, after what a layer adds to it, if that waits to be normed.
+const float* Decoder::stream_row(const float* post_norm, int row, int thread) {
+    const int n = shape_.hidden;
+    float* x = x_.data() + static_cast<int64_t>(row) * n;
+    if (post_norm) {
+        float* normed = scratch_[thread].data();
+        norm(branch_.data() + static_cast<int64_t>(row) * n, post_norm, n, normed);
+        for (int i = 0; i < n; i += kLanes)
+            store(x + i, load(x + i) + load(normed + i));
+    }
+    return x;
+}
+
+void Decoder::norm_tile(int phase, int tile, int thread) {
+    const auto [op, i, w] = phases_[phase];
+    const DecoderLayer& layer = weights_.layers[i];
+    const bool attention = op == Op::kAttnNorm;
+    const float* before = !attention ? layer.post_attn_norm : i > 0 ? weights_.layers[i - 1].post_ffn_norm : nullptr;
     const int row = tile * kRowsPerTile, rows = std::min(kRowsPerTile, step_.num_tokens - row);
-    norm_rows(x_.data() + static_cast<int64_t>(row) * shape_.hidden, weight, w, shared_, row, rows, thread);
+    for (int r = row; r < row + rows; ++r)
+        stream_row(before, r, thread);
+    norm_rows(x_.data() + static_cast<int64_t>(row) * shape_.hidden, attention ? layer.attn_norm : layer.ffn_norm, *w,
+              shared_, row, rows, thread);
 }
 
 // The input of a projection in the form that its matrix reads: what the phase before it made, or, in a small step, what
@@ -262,6 +341,8 @@ InputRows Decoder::input_of(int phase, int thread) {
     const DecoderLayer& layer = weights_.layers[i];
     if (op == Op::kDown)
         return {gated_.quants(), gated_.values.data()};
+    if (op == Op::kGateUp && !layer.experts.empty())
+        return {routed_.quants(), routed_.values.data()};
     if (op == Op::kHead)
         return {shared_.quants(), step_.hidden ? step_.hidden : shared_.values.data()};
     if (!w->quantized() && op == Op::kOut)
@@ -286,21 +367,32 @@ InputRows Decoder::input_of(int phase, int thread) {
 // and its epilogue its sums lie in `out`: whatever is added to a projection before its epilogue is added there.
 void Decoder::project(int phase, int first, int last, int thread) {
     const auto [op, layer, matrix] = phases_[phase];
-    const Matrix& w = *matrix;
+    const auto& experts = weights_.layers[layer].experts;
+    const bool routed = (op == Op::kGateUp || op == Op::kDown) && !experts.empty();
+    const int strips = matrix->num_strips();
+    if (routed && first / strips >= static_cast<int>(routing_.active.size()))
+        return;
+    const int expert = routed ? routing_.active[static_cast<size_t>(first / strips)] : 0;
+    const Matrix& w = !routed ? *matrix : op == Op::kGateUp ? experts[expert].gate_up : experts[expert].down;
     const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
     const int size = rows_of_tile(op, num_rows);
     const bool halves = work_[phase].grain == 2; // of all rows
-    const int strip = halves ? first / 2 : first % w.num_strips(), chunk = halves ? 0 : first / w.num_strips();
+    const int strip = halves ? first / 2 : first % strips, chunk = halves ? 0 : first / strips;
     const int first_half = halves ? first % 2 : 0, last_half = halves ? last - 2 * strip : 2;
-    const int begin = chunk * size, count = std::min(size, num_rows - begin);
+    const int begin = routed ? routing_.first[expert] : chunk * size;
+    const int count = routed ? routing_.count[expert] : std::min(size, num_rows - begin);
     const InputRows x = input_of(phase, thread);
     alignas(64) float out[kMaxRows * kStrip];
     // What the epilogue writes other threads have read: to own its lines takes as long as to read them, and stores wait
     // for that one by one, so they are fetched before the pass.
     const auto fetch = [&](int row, int rows) {
-        if (op == Op::kGateUp && weights_.layers[layer].down.quantized())
+        if (op == Op::kGateUp && gated_quants_wanted_)
             return fetch_group(shape_.intermediate, gated_.quants(), row, strip);
-        float* to = op == Op::kQkv ? qkv_.data() : op == Op::kOut || op == Op::kDown ? x_.data() : nullptr;
+        float* to = op == Op::kQkv                      ? qkv_.data()
+                    : op != Op::kOut && op != Op::kDown ? nullptr
+                    : routed                            ? routed_out_.data()
+                    : post_norms_                       ? branch_.data()
+                                                        : x_.data();
         for (int r = row; to && r < row + rows; ++r) {
             for (int c = first_half * 32; c < last_half * 32; c += kLanes)
                 __builtin_prefetch(to + static_cast<int64_t>(r) * w.n + strip * kStrip + c, 1);
@@ -311,36 +403,50 @@ void Decoder::project(int phase, int first, int last, int thread) {
     });
 }
 
-// Columns [from, to) of a strip whose first column is `column`, for `rows` rows from `row` on; y float32 [rows, 64].
+// Columns [from, to) of a strip whose first column is `column`, for `rows` rows from `row` on; y float32 [rows, 64] is
+// used up.
 void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to, int thread,
-                       const float* y) {
+                       float* y) {
     const int end = std::min(to, w.n - column);
     switch (op) {
-    case Op::kQkv:
-        for (int r = row; r < row + rows; ++r, y += kStrip)
-            std::copy(y + from, y + std::max(from, end), qkv_.data() + static_cast<int64_t>(r) * w.n + column + from);
-        return;
-    case Op::kOut:
-    case Op::kDown:
+    case Op::kQkv: {
+        const float* bias = weights_.layers[layer].qkv_bias;
         for (int r = row; r < row + rows; ++r, y += kStrip) {
-            float* x = x_.data() + static_cast<int64_t>(r) * w.n + column;
-            for (int c = from; c < end; ++c)
+            float* to = qkv_.data() + static_cast<int64_t>(r) * w.n + column;
+            std::copy(y + from, y + std::max(from, end), to + from);
+            for (int c = from; bias && c < end; ++c)
+                to[c] += bias[column + c];
+        }
+        return;
+    }
+    case Op::kOut:
+    case Op::kDown: {
+        const DecoderLayer& at = weights_.layers[layer];
+        const bool routed = op == Op::kDown && !at.experts.empty();
+        const bool waits = routed || (op == Op::kOut ? at.post_attn_norm : at.post_ffn_norm); // for what adds it
+        for (int r = row; r < row + rows; ++r, y += kStrip) {
+            float* x = (routed ? routed_out_ : waits ? branch_ : x_).data() + static_cast<int64_t>(r) * w.n + column;
+            if (waits)
+                std::copy(y + from, y + std::max(from, end), x + from);
+            for (int c = from; !waits && c < end; ++c)
                 x[c] += y[c];
         }
         return;
+    }
     case Op::kGateUp: {
         // A strip is 32 gates and their 32 ups: what it makes is one group of the next projection's input.
         static_assert(kStrip / 2 == kGroup);
         const int k = shape_.intermediate;
-        const bool quantized = weights_.layers[layer].down.quantized();
+        const DecoderLayer& at = weights_.layers[layer];
+        const bool quantized = (at.experts.empty() ? at.down : at.experts.front().down).quantized();
+        const bool gelu = shape_.activation == Activation::kGeluTanh;
         float groups[kMaxRows * kGroup];
         float* gated = quantized ? groups : gated_.values.data() + static_cast<int64_t>(row) * k + column / 2;
         const int stride = quantized ? kGroup : k;
         for (int r = 0; r < rows; ++r, y += kStrip) {
             for (int c = 0; c < kGroup; c += kLanes) {
-                const F32 gate = load(y + c), one = set1(1.0f);
-                // Beside one, e^-87 is as good as zero.
-                store(gated + r * stride + c, gate / (one + exp_within(zero_f32() - gate)) * load(y + kGroup + c));
+                const F32 gate = load(y + c), up = load(y + kGroup + c);
+                store(gated + r * stride + c, (gelu ? gelu_tanh(gate) : silu(gate)) * up);
             }
         }
         if (quantized && rows == kMaxRows)
@@ -352,6 +458,8 @@ void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int
     }
     case Op::kHead:
         for (int r = row; r < row + rows; ++r, y += kStrip) {
+            for (int c = 0; shape_.final_softcap > 0 && c < kStrip; c += kLanes)
+                store(y + c, softcapped(load(y + c), shape_.final_softcap));
             if (takes_best_[r]) {
                 better_of(y, end, column, bests_[static_cast<size_t>(thread) * step_.num_rows + r]);
             } else {
@@ -365,18 +473,20 @@ void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int
     }
 }
 
-// Turns queries and keys (Su et al., 2021, half-split lanes), folds the softmax scale into the queries and writes
-// keys and values into their blocks.
+// Norms the heads of queries and keys where the model wants that, turns them (Su et al., 2021, half-split lanes), folds
+// the softmax scale into the queries and writes keys and values into their blocks.
 void Decoder::rope(int layer, int tile, int thread) {
-    const int d = shape_.head_dim, half = d / 2, q_size = shape_.num_heads * d, kv_size = shape_.num_kv_heads * d;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    const int d = shape_.head_dim, half = shape_.rope_dim / 2;
+    const int q_size = shape_.num_heads * d, kv_size = shape_.num_kv_heads * d;
+    const auto& [cosines, sines] = weights_.layers[layer].rope;
+    const float *q_norm = weights_.layers[layer].q_norm, *k_norm = weights_.layers[layer].k_norm;
     float* key = scratch_[thread].data();
     const int end = std::min((tile + 1) * kRowsPerTile, step_.num_tokens);
     for (int row = tile * kRowsPerTile; row < end; ++row) {
         float* qkv = qkv_.data() + static_cast<int64_t>(row) * (q_size + 2 * kv_size);
         const int position = step_.positions[row];
-        const float* cos = weights_.rope_cos + static_cast<int64_t>(position) * half;
-        const float* sin = weights_.rope_sin + static_cast<int64_t>(position) * half;
+        const float* cos = cosines + static_cast<int64_t>(position) * half;
+        const float* sin = sines + static_cast<int64_t>(position) * half;
         const auto rotate = [&](const float* from, float factor, float* to) {
             int i = 0;
             for (; i + kLanes <= half; i += kLanes) {
@@ -389,13 +499,21 @@ void Decoder::rope(int layer, int tile, int thread) {
                 to[i] = (low * cos[i] - high * sin[i]) * factor;
                 to[half + i] = (high * cos[i] + low * sin[i]) * factor;
             }
+            for (i = 2 * half; i < d; ++i)
+                to[i] = from[i] * factor;
         };
-        for (int h = 0; h < shape_.num_heads; ++h)
-            rotate(qkv + h * d, scale, qkv + h * d);
+        for (int h = 0; h < shape_.num_heads; ++h) {
+            if (q_norm)
+                norm(qkv + h * d, q_norm, d, qkv + h * d);
+            rotate(qkv + h * d, shape_.attention_scale, qkv + h * d);
+        }
         const int32_t* table = step_.block_tables + static_cast<int64_t>(request_of_[row]) * step_.max_blocks;
         const int block = table[position / kBlock];
         for (int h = 0; h < shape_.num_kv_heads; ++h) {
-            rotate(qkv + q_size + h * d, 1.0f, key);
+            float* stored = qkv + q_size + h * d;
+            if (k_norm)
+                norm(stored, k_norm, d, stored);
+            rotate(stored, 1.0f, key);
             kv_.write(block, layer, h, position % kBlock, key, qkv + q_size + kv_size + h * d);
         }
     }
@@ -403,24 +521,24 @@ void Decoder::rope(int layer, int tile, int thread) {
 
 // Rows whose contexts were split become whole, and all rows are quantized where w, which reads them, wants that and the
 // threads do not do so for themselves.
-void Decoder::merge(const Matrix& w, int index) {
+void Decoder::merge(StepAttention& attention, const Matrix& w, int index) {
     if (own_activations_ || !w.quantized())
-        return attention_.merge(index, attended_.data());
+        return attention.merge(index, attended_.data());
     const int begin = index * kRowsPerTile, end = std::min(begin + kRowsPerTile, step_.num_tokens);
-    for (int i = 0; i < attention_.num_split_rows(); ++i) {
-        if (attention_.split_row(i) >= begin && attention_.split_row(i) < end)
-            attention_.merge(i, attended_.data());
+    for (int i = 0; i < attention.num_split_rows(); ++i) {
+        if (attention.split_row(i) >= begin && attention.split_row(i) < end)
+            attention.merge(i, attended_.data());
     }
     quantize_rows(attended_.data() + static_cast<int64_t>(begin) * w.k, w.k, shared_.quants(), begin, end - begin);
 }
 
 void Decoder::final_row(int row, int thread) {
     const int n = shape_.hidden;
-    const float* x = x_.data() + static_cast<int64_t>(step_.logits_rows[row]) * n;
+    const float* x = stream_row(weights_.layers.back().post_ffn_norm, step_.logits_rows[row], thread);
     if (!step_.hidden)
         return norm_rows(x, weights_.final_norm, weights_.head, shared_, row, 1, thread);
     float* normed = step_.hidden + static_cast<int64_t>(row) * n;
-    norm(x, weights_.final_norm, normed);
+    norm(x, weights_.final_norm, n, normed);
     if (weights_.head.quantized())
         quantize_rows(normed, n, shared_.quants(), row, 1);
 }

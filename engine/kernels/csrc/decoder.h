@@ -16,20 +16,42 @@
 
 namespace seraph {
 
+enum class Activation { kSilu, kGeluTanh };
+
+// The numbers of engine/models/spec.py's DecoderSpec, which says what they mean.
 struct DecoderShape {
-    int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
-    float norm_eps;
+    int num_layers, hidden, num_heads, num_kv_heads, head_dim, rope_dim, intermediate, vocab;
+    float norm_eps, embedding_scale, attention_scale, attention_softcap, final_softcap; // caps: 0 for none
+    Activation activation;
+    int num_experts, experts_per_token; // 0: no experts
+    bool normalize_experts;
 };
 
+// cos and sin of each rotated pair's angle, [positions, rope_dim / 2], as many as any step's positions.
+struct RopeTable {
+    const float *cos, *sin;
+};
+
+struct Expert {
+    Matrix gate_up, down;
+};
+
+// Vectors that a model has not are null. Where there are experts, gate_up and down are theirs alone.
 struct DecoderLayer {
-    const float *attn_norm, *ffn_norm; // [hidden]
+    const float *attn_norm, *ffn_norm;           // [hidden] before attention and before the gate
+    const float *post_attn_norm, *post_ffn_norm; // [hidden] of what they add to the residual stream
+    const float *q_norm, *k_norm;                // [head_dim] of each head, before it is turned
+    const float* qkv_bias;                       // [q_size + 2 * kv_size]
     Matrix qkv, o, gate_up, down;
+    Matrix router; // [num_experts, hidden], bfloat16
+    std::vector<Expert> experts;
+    int window; // positions that a token attends, itself included; 0: all
+    RopeTable rope;
 };
 
 struct DecoderWeights {
     Matrix embed, head; // the same matrix where tied
     const float* final_norm;
-    const float *rope_cos, *rope_sin; // [positions, head_dim / 2], as many as any step's positions
     std::vector<DecoderLayer> layers;
 };
 
@@ -49,6 +71,8 @@ class Decoder {
     std::vector<std::pair<std::string, double>> phase_seconds() const;
 
   private:
+    static constexpr int kRowsPerTile = 8; // of the row-wise phases
+
     enum class Op {
         kEmbed,
         kAttnNorm,
@@ -58,8 +82,12 @@ class Decoder {
         kMerge,
         kOut,
         kFfnNorm,
+        kRoute,
+        kDispatch,
+        kGather,
         kGateUp,
         kDown,
+        kCombine,
         kFinal,
         kHead,
         kSample,
@@ -68,7 +96,18 @@ class Decoder {
     struct Phase {
         Op op;
         int layer;
-        const Matrix* w; // of a projection; of a phase before it, the one whose input it makes
+        const Matrix* w; // of a projection; of a phase before it, the one whose input it makes; of experts, the first's
+    };
+    // Which rows of a step go to which expert. Rows of one expert lie together, in the order of tokens, from a multiple
+    // of kMaxRows on; there is a row for every token and expert it goes to.
+    struct Routing {
+        std::vector<int32_t> expert;         // [tokens, experts_per_token], the best first
+        std::vector<float> weight;           // [tokens, experts_per_token]
+        std::vector<int32_t> row_of;         // [tokens, experts_per_token]
+        std::vector<int32_t> token_of;       // [rows], -1 where there is none
+        std::vector<int32_t> active;         // experts that have rows
+        std::vector<int32_t> first, count;   // [num_experts]
+        int num_rows = 0;
     };
     // Rows of one projection's input, in either form, and the per-thread copies that small steps make for themselves.
     struct Activations {
@@ -82,19 +121,25 @@ class Decoder {
 
     void prepare(const Step& step);
     int rows_of_tile(Op op, int rows) const;
-    Team::Work work_of(const Phase& phase) const;
+    Team::Work work_of(const Phase& phase);
     void compute(int phase, int first, int last, int thread);
 
     void embed(int token);
-    void norm(const float* x, const float* weight, float* out) const;
+    void norm(const float* x, const float* weight, int n, float* out) const;
+    const float* stream_row(const float* post_norm, int row, int thread);
     void norm_rows(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int rows, int thread);
-    void norm_tile(const float* weight, const Matrix& w, int tile, int thread);
+    void norm_tile(int phase, int tile, int thread);
     InputRows input_of(int phase, int thread);
     void project(int phase, int first, int last, int thread);
     void epilogue(Op op, int layer, const Matrix& w, int row, int rows, int column, int from, int to, int thread,
-                  const float* y);
+                  float* y);
+    void route(int layer, int tile);
+    void dispatch();
+    void gather(int tile, bool quantized);
+    void combine(int layer, int tile);
     void rope(int layer, int tile, int thread);
-    void merge(const Matrix& w, int index);
+    StepAttention& attention_of(int layer) { return attentions_[attention_at_[layer]]; }
+    void merge(StepAttention& attention, const Matrix& w, int index);
     void final_row(int row, int thread);
     void sample(int row, int thread);
 
@@ -104,8 +149,10 @@ class Decoder {
     std::vector<Phase> phases_;
     int widest_quants_ = 0, widest_floats_ = 0;                      // inputs of a row that phases prepare in each form
     bool gated_quants_wanted_ = false, gated_floats_wanted_ = false; // by some layer's down
+    bool post_norms_ = false;                                        // what a layer adds is normed first
     Team team_;
-    StepAttention attention_;
+    std::vector<StepAttention> attentions_; // one for each window
+    std::vector<size_t> attention_at_;      // [layers] which one
 
     bool profiling_ = false;
     double prepare_seconds_ = 0, op_seconds_[static_cast<int>(Op::kCount)] = {};
@@ -116,12 +163,16 @@ class Decoder {
     bool own_activations_ = false; // few rows: each thread makes a projection's input for itself, a phase is saved
     std::vector<Team::Work> work_; // [phases]
     std::vector<float> x_, qkv_, attended_;   // [tokens, ...]
+    std::vector<float> branch_;               // [tokens, hidden] what is to be normed and added to x_ before it is read
     std::vector<float> logits_;               // [rows, vocab], where the caller wants none
     std::vector<uint8_t> takes_best_;         // [rows] whether of a row's logits only the best are kept, ...
     std::vector<Best> bests_;                 // [threads, rows] ... here
     int64_t logits_stride_ = 0;               // floats from one row of logits to the next
     std::vector<int32_t> request_of_;         // [tokens]
     Activations shared_, gated_;              // gated_: what down reads, made group by group
+    Routing routing_;                         // of the layer that is computed, ...
+    Activations routed_;                      // ... what its experts read ...
+    std::vector<float> routed_out_;           // ... and what they leave, [rows, hidden]
     std::vector<Activations> own_;            // [threads]
     std::vector<int> own_phase_;              // [threads] the phase own_ was filled for
     std::vector<std::vector<float>> scratch_; // [threads]

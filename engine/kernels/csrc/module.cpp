@@ -2,6 +2,7 @@
 // written; what comes rarely was checked there.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -12,12 +13,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -144,26 +147,60 @@ struct PySampling {
 
 class Program {
   public:
-    Program(const DecoderShape& shape, const std::vector<Floats>& vectors, const std::vector<PackedMatrix>& matrices,
-            bool tied, Floats rope_cos, Floats rope_sin, int num_blocks, bool kv_int8, int threads)
-        : shape_(shape), num_blocks_(num_blocks), vectors_(vectors), rope_cos_(rope_cos), rope_sin_(rope_sin) {
-        const size_t layers = static_cast<size_t>(shape.num_layers);
-        if (vectors.size() != 2 * layers + 1 || matrices.size() != 4 * layers + (tied ? 1 : 2)) {
-            throw std::invalid_argument("Program: wrong number of tensors");
-        }
-        for (const auto& packed : matrices)
-            bytes_.push_back(std::get<0>(packed));
+    // Tensors by the names of DecoderSpec.tensor_shapes; of every layer its window and which of `ropes` it turns by.
+    Program(const DecoderShape& shape, const std::map<std::string, Floats>& vectors,
+            const std::map<std::string, PackedMatrix>& matrices, const std::vector<int>& windows,
+            const std::vector<std::pair<Floats, Floats>>& ropes, const std::vector<int>& rope_of, int num_blocks,
+            bool kv_int8, int threads)
+        : shape_(shape), num_blocks_(num_blocks), ropes_(ropes) {
+        const auto vector = [&](const std::string& name) -> const float* {
+            const auto found = vectors.find(name);
+            if (found == vectors.end())
+                return nullptr;
+            vectors_.push_back(found->second);
+            return found->second.data();
+        };
+        const auto matrix = [&](const std::string& name) {
+            bytes_.push_back(std::get<0>(matrices.at(name)));
+            return matrix_of(matrices.at(name));
+        };
         DecoderWeights w;
-        w.embed = matrix_of(matrices[0]);
-        for (size_t i = 0; i < layers; ++i) {
-            w.layers.push_back({vectors[2 * i].data(), vectors[2 * i + 1].data(), matrix_of(matrices[1 + 4 * i]),
-                                matrix_of(matrices[2 + 4 * i]), matrix_of(matrices[3 + 4 * i]),
-                                matrix_of(matrices[4 + 4 * i])});
+        w.embed = matrix("embed");
+        w.head = matrices.count("head") ? matrix("head") : w.embed;
+        w.final_norm = vector("final_norm");
+        for (int i = 0; i < shape.num_layers; ++i) {
+            const std::string at = "layers." + std::to_string(i) + ".";
+            DecoderLayer layer{};
+            layer.attn_norm = vector(at + "attn_norm");
+            layer.ffn_norm = vector(at + "ffn_norm");
+            layer.post_attn_norm = vector(at + "post_attn_norm");
+            layer.post_ffn_norm = vector(at + "post_ffn_norm");
+            layer.q_norm = vector(at + "q_norm");
+            layer.k_norm = vector(at + "k_norm");
+            layer.qkv_bias = vector(at + "qkv_bias");
+            layer.qkv = matrix(at + "qkv");
+            layer.o = matrix(at + "o");
+            if (shape.num_experts > 0) {
+                layer.router = matrix(at + "router");
+                for (int e = 0; e < shape.num_experts; ++e) {
+                    const std::string expert = at + "experts." + std::to_string(e) + ".";
+                    layer.experts.push_back({matrix(expert + "gate_up"), matrix(expert + "down")});
+                    const Expert &first = layer.experts.front(), &last = layer.experts.back();
+                    if (first.gate_up.quantized() != last.gate_up.quantized() ||
+                        first.down.quantized() != last.down.quantized() || layer.router.quantized())
+                        throw std::invalid_argument("Program: experts of a layer that read different inputs");
+                }
+            } else {
+                layer.gate_up = matrix(at + "gate_up");
+                layer.down = matrix(at + "down");
+            }
+            layer.window = windows.at(static_cast<size_t>(i));
+            const auto& [cos, sin] = ropes_.at(static_cast<size_t>(rope_of.at(static_cast<size_t>(i))));
+            layer.rope = {cos.data(), sin.data()};
+            w.layers.push_back(std::move(layer));
         }
-        w.final_norm = vectors[2 * layers].data();
-        w.head = tied ? w.embed : matrix_of(matrices[1 + 4 * layers]);
-        w.rope_cos = rope_cos_.data();
-        w.rope_sin = rope_sin_.data();
+        if (vectors_.size() != vectors.size() || bytes_.size() != matrices.size())
+            throw std::invalid_argument("Program: tensors that no layer has");
         KvCache kv{nullptr, shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_int8};
         block_bytes_ = kv.block_bytes();
         kv_ = std::make_unique<Pages>(block_bytes_ * num_blocks);
@@ -203,7 +240,7 @@ class Program {
         step.hidden = hidden ? hidden->data() : nullptr;
         step.chosen = chosen.data();
         nb::gil_scoped_release release;
-        const StepLimits limits{shape_.vocab, static_cast<int>(rope_cos_.shape(0)), num_blocks_,
+        const StepLimits limits{shape_.vocab, static_cast<int>(ropes_.front().first.shape(0)), num_blocks_,
                                 static_cast<int>(previous_.size())};
         if (!fits(step, limits) || (sampling && !sampling->fits(step.num_rows, shape_.vocab)))
             return false;
@@ -241,7 +278,7 @@ class Program {
     int num_blocks_;
     std::vector<Floats> vectors_; // kept alive: the decoder points into them
     std::vector<Bytes> bytes_;
-    Floats rope_cos_, rope_sin_;
+    std::vector<std::pair<Floats, Floats>> ropes_; // cos and sin, [positions, rope_dim / 2] each
     int64_t block_bytes_;
     std::unique_ptr<Pages> kv_;
     std::unique_ptr<Decoder> decoder_;
@@ -327,10 +364,17 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
 } // namespace
 
 NB_MODULE(SERAPH_MODULE, m) {
+    nb::enum_<Activation>(m, "Activation")
+        .value("silu", Activation::kSilu)
+        .value("gelu_tanh", Activation::kGeluTanh);
     nb::class_<DecoderShape>(m, "DecoderShape")
-        .def(nb::init<int, int, int, int, int, int, int, float>(), nb::arg("num_layers"), nb::arg("hidden"),
-             nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("intermediate"),
-             nb::arg("vocab"), nb::arg("norm_eps"));
+        .def(nb::init<int, int, int, int, int, int, int, int, float, float, float, float, float, Activation, int, int,
+                      bool>(),
+             nb::arg("num_layers"), nb::arg("hidden"), nb::arg("num_heads"), nb::arg("num_kv_heads"),
+             nb::arg("head_dim"), nb::arg("rope_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("norm_eps"),
+             nb::arg("embedding_scale"), nb::arg("attention_scale"), nb::arg("attention_softcap"),
+             nb::arg("final_softcap"), nb::arg("activation"), nb::arg("num_experts"), nb::arg("experts_per_token"),
+             nb::arg("normalize_experts"));
     nb::class_<PySampling>(m, "Sampling")
         .def(nb::init<Floats, Ints, Floats, Floats, Floats, Floats, Floats, Array<const uint64_t>, Ints, Ints, Ints,
                       Ints, Ints, Ints, Ints, Floats, std::optional<Ints>, std::optional<Array<const uint32_t>>,
@@ -345,10 +389,11 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("mask_rows").noconvert().none(), nb::arg("masks").noconvert().none(),
              nb::arg("mask_ready").noconvert().none());
     nb::class_<Program>(m, "Program")
-        .def(nb::init<const DecoderShape&, const std::vector<Floats>&, const std::vector<PackedMatrix>&, bool, Floats,
-                      Floats, int, bool, int>(),
-             nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("tied"), nb::arg("rope_cos"),
-             nb::arg("rope_sin"), nb::arg("num_blocks"), nb::arg("kv_int8"), nb::arg("threads"))
+        .def(nb::init<const DecoderShape&, const std::map<std::string, Floats>&,
+                      const std::map<std::string, PackedMatrix>&, const std::vector<int>&,
+                      const std::vector<std::pair<Floats, Floats>>&, const std::vector<int>&, int, bool, int>(),
+             nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("windows"), nb::arg("ropes"),
+             nb::arg("rope_of"), nb::arg("num_blocks"), nb::arg("kv_int8"), nb::arg("threads"))
         // What has another type is not converted, which would be a copy, but refused.
         .def("step", &Program::step, nb::arg("token_ids").noconvert(), nb::arg("positions").noconvert(),
              nb::arg("query_starts").noconvert(), nb::arg("seq_lens").noconvert(), nb::arg("block_tables").noconvert(),

@@ -99,6 +99,24 @@ SERAPH_INLINE F32 exp(F32 x) {
     return select(less(x, set1(-87.0f)), zero_f32(), exp_within(x));
 }
 
+// x / (1 + e^-x). Beside one, e^-87 is as good as zero.
+SERAPH_INLINE F32 silu(F32 x) {
+    return x / (set1(1.0f) + exp_within(zero_f32() - x));
+}
+
+// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), which is x / (1 + e^-2u) where tanh is taken of u (Hendrycks and
+// Gimpel, 2016).
+SERAPH_INLINE F32 gelu_tanh(F32 x) {
+    const F32 inner = fma(x * x * x, set1(0.044715f), x);
+    return x / (set1(1.0f) + exp_within(inner * set1(-1.59576912160573f)));
+}
+
+// limit * tanh(x / limit): x where it is small beside the limit, and never past it.
+SERAPH_INLINE F32 softcapped(F32 x, float limit) {
+    const F32 one = set1(1.0f), two = set1(2.0f);
+    return set1(limit) * (one - two / (exp_within(two * x / set1(limit)) + one));
+}
+
 // Levels of a quant of at most `most` to a unit, for values up to `amax` in size. Zeros, or values so small that the
 // quotient overflows, become zeros.
 SERAPH_INLINE float levels_per_unit(float amax, float most) {

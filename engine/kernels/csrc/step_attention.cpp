@@ -12,10 +12,16 @@ constexpr int kStateHead = 1 + kLanes; // floats of a stored Softmax before its 
 
 } // namespace
 
-StepAttention::StepAttention(const KvCache& kv, int num_heads, int threads)
-    : kv_(kv), num_heads_(num_heads), threads_(threads),
+StepAttention::StepAttention(const KvCache& kv, int num_heads, int window, float softcap, int threads)
+    : kv_(kv), num_heads_(num_heads), window_(window), threads_(threads), softcap_(softcap),
       outputs_(static_cast<size_t>(threads), std::vector<float>(static_cast<size_t>(2 * kMaxQueries * kv.head_dim))),
       quants_(static_cast<size_t>(threads), std::vector<int16_t>(static_cast<size_t>(kMaxQueries * kv.head_dim))) {}
+
+Span StepAttention::span_of(int row, int request) const {
+    const int position = step_->positions[row];
+    return {window_ > 0 ? std::max(position + 1 - window_, 0) : 0,
+            step_->causal ? position + 1 : step_->seq_lens[request]};
+}
 
 // Which rows attend together and which contexts are split changes no bit of any result, only who computes it.
 void StepAttention::plan(const Step& step) {
@@ -23,6 +29,7 @@ void StepAttention::plan(const Step& step) {
     const int rows_per_tile = std::max(1, kMaxQueries / shared_heads);
     const int whole = (step.num_tokens / rows_per_tile + step.num_requests) * kv_.num_kv_heads;
     const bool may_split = whole < 4 * threads_;
+    const int64_t segment_floats = static_cast<int64_t>(num_heads_) * (kStateHead + kv_.head_dim);
     step_ = &step;
     tiles_.clear();
     split_rows_.clear();
@@ -30,24 +37,27 @@ void StepAttention::plan(const Step& step) {
     int64_t states = 0;
     for (int r = 0; r < step.num_requests; ++r) {
         const int begin = step.query_starts[r], end = step.query_starts[r + 1], length = step.seq_lens[r];
-        const bool split = may_split && length > kSegment;
-        const int segments = ceil_div(length, kSegment);
-        for (int row = begin; split && row < end; ++row) {
-            split_rows_.push_back({row, segments});
-            state_at_[row] = states;
-            states += static_cast<int64_t>(segments) * num_heads_ * (kStateHead + kv_.head_dim);
-        }
+        const bool split = may_split && length - span_of(begin, r).low > kSegment;
         for (int row = begin; row < end; row += rows_per_tile) {
             const int rows = std::min(rows_per_tile, end - row);
-            const int limit = step.causal ? step.positions[row + rows - 1] + 1 : length;
+            // Spans move on from row to row.
+            const int low = span_of(row, r).low / kBlock * kBlock, limit = span_of(row + rows - 1, r).limit;
+            const int from = low / kSegment, to = ceil_div(limit, kSegment); // segments
+            for (int i = row; split && i < row + rows; ++i) {
+                split_rows_.push_back({i, from, to});
+                state_at_[i] = states - from * segment_floats;
+                states += (to - from) * segment_floats;
+            }
             for (int head = 0; head < kv_.num_kv_heads; ++head) {
                 if (!split) {
-                    tiles_.push_back({row, rows, r, head, 0, limit, false});
+                    tiles_.push_back({row, rows, r, head, low, limit, false});
                     continue;
                 }
-                // Segments past a row's limit leave an empty state, so every one of them gets its tile.
-                for (int first = 0; first < length; first += kSegment)
-                    tiles_.push_back({row, rows, r, head, first, std::min(first + kSegment, length), true});
+                // Segments that one of the rows does not attend leave it an empty state.
+                for (int s = from; s < to; ++s) {
+                    const int first = std::max(s * kSegment, low), last = std::min((s + 1) * kSegment, limit);
+                    tiles_.push_back({row, rows, r, head, first, last, true});
+                }
             }
         }
     }
@@ -68,7 +78,8 @@ void StepAttention::attend(int layer, int index, const float* qkv, int64_t width
     for (int done = 0; done < total; done += kMaxQueries) { // more than once only where over 12 heads share one KV head
         const int n = std::min(kMaxQueries, total - done);
         Query queries[kMaxQueries];
-        int limits[kMaxQueries], rows[kMaxQueries], heads[kMaxQueries];
+        Span spans[kMaxQueries];
+        int rows[kMaxQueries], heads[kMaxQueries];
         Softmax segment[kMaxQueries], whole[kMaxQueries];
         for (int i = 0; i < n; ++i) {
             rows[i] = t.row + (done + i) / shared_heads;
@@ -76,18 +87,18 @@ void StepAttention::attend(int layer, int index, const float* qkv, int64_t width
             const float* query = qkv + rows[i] * width + heads[i] * d;
             queries[i] =
                 kv_.int8 ? quantized_query(query, d, quants_[thread].data() + i * d) : Query{query, nullptr, 1};
-            limits[i] = step_->causal ? step_->positions[rows[i]] + 1 : step_->seq_lens[t.request];
+            spans[i] = span_of(rows[i], t.request);
             segment[i].out = outputs + i * d;
             whole[i].out = outputs + (kMaxQueries + i) * d;
             whole[i].max = -HUGE_VALF;
         }
-        for (int first = t.first; first < t.last; first += kSegment) {
-            const bool last = first + kSegment >= t.last;
-            const uint8_t* after = !last ? first_keys(layer, t, first + kSegment)
+        for (int first = t.first; first < t.last;) {
+            const int next = (first / kSegment + 1) * kSegment;
+            const uint8_t* after = next < t.last ? first_keys(layer, t, next)
                                    : index + 1 < num_tiles()
                                        ? first_keys(layer, tiles_[index + 1], tiles_[index + 1].first)
                                        : first_keys(layer, t, first);
-            attend_segment(kv_, table, layer, t.head, first, queries, limits, n, after, segment);
+            attend_segment(kv_, table, layer, t.head, first, queries, spans, n, softcap_, after, segment);
             for (int i = 0; i < n; ++i) {
                 if (t.split) {
                     store_state(segment[i], rows[i], heads[i], first / kSegment);
@@ -95,6 +106,7 @@ void StepAttention::attend(int layer, int index, const float* qkv, int64_t width
                     fold(whole[i], segment[i], d);
                 }
             }
+            first = next;
         }
         if (t.split)
             continue;
@@ -105,7 +117,7 @@ void StepAttention::attend(int layer, int index, const float* qkv, int64_t width
 
 float* StepAttention::state_of(int row, int head, int segment) {
     const int64_t size = kStateHead + kv_.head_dim;
-    return states_.data() + state_at_[row] + (static_cast<int64_t>(segment) * num_heads_ + head) * size;
+    return states_.data() + (state_at_[row] + (static_cast<int64_t>(segment) * num_heads_ + head) * size);
 }
 
 void StepAttention::store_state(const Softmax& from, int row, int head, int segment) {
@@ -117,14 +129,14 @@ void StepAttention::store_state(const Softmax& from, int row, int head, int segm
 
 // Folds a split row's states in order of position, as attend() does for a row that is not split.
 void StepAttention::merge(int i, float* attended) {
-    const auto [row, segments] = split_rows_[i];
+    const auto [row, first, last] = split_rows_[i];
     const int d = kv_.head_dim;
     for (int head = 0; head < num_heads_; ++head) {
         float* out = attended + (static_cast<int64_t>(row) * num_heads_ + head) * d;
         Softmax whole, part;
         whole.max = -HUGE_VALF;
         whole.out = out;
-        for (int s = 0; s < segments; ++s) {
+        for (int s = first; s < last; ++s) {
             float* state = state_of(row, head, s);
             part.max = state[0];
             std::copy_n(state + 1, kLanes, part.sum);

@@ -10,9 +10,13 @@
 
 namespace seraph {
 
+// The attention of the layers that look equally far back: over the last `window` positions, or, at 0, over all.
 class StepAttention {
   public:
-    StepAttention(const KvCache& kv, int num_heads, int threads);
+    // `softcap`: see attend_segment().
+    StepAttention(const KvCache& kv, int num_heads, int window, float softcap, int threads);
+
+    int window() const { return window_; }
 
     // Cuts a step into tiles. `step` must stay until the last of them is done.
     void plan(const Step& step);
@@ -29,27 +33,30 @@ class StepAttention {
     void merge(int i, float* attended);
 
   private:
-    // Query rows [row, row + rows) of one request, one KV head, positions from `first` to `last`, a range of whole
-    // segments.
+    // Query rows [row, row + rows) of one request, one KV head, positions from `first`, the beginning of a block, to
+    // `last`.
     struct Tile {
         int32_t row, rows, request, head, first, last;
         bool split; // several tiles share the rows: states are left for merge()
     };
     struct SplitRow {
-        int32_t row, segments;
+        int32_t row, first, last; // its states' segments
     };
 
+    // The positions that row `row`, of request `request`, attends.
+    Span span_of(int row, int request) const;
     // The keys of the block with position `first`, a multiple of kBlock, of a tile's request and head.
     const uint8_t* first_keys(int layer, const Tile& t, int first) const;
     float* state_of(int row, int head, int segment);
     void store_state(const Softmax& from, int row, int head, int segment);
 
     KvCache kv_;
-    int num_heads_, threads_;
+    int num_heads_, window_, threads_;
+    float softcap_;
     const Step* step_ = nullptr;
     std::vector<Tile> tiles_;
     std::vector<SplitRow> split_rows_;
-    std::vector<int64_t> state_at_;            // [tokens] first state of a split row
+    std::vector<int64_t> state_at_;            // [tokens] where the state of a split row's segment 0 would be
     std::vector<float> states_;                // of split rows: [segment][head][kStateHead + head_dim]
     std::vector<std::vector<float>> outputs_;  // [threads][2 * kMaxQueries * head_dim]
     std::vector<std::vector<int16_t>> quants_; // [threads][kMaxQueries * head_dim], queries beside keys of int8

@@ -74,7 +74,8 @@ def random_weights(
         if len(shape) == 1:
             weights[name] = PackedTensor(None, rng.uniform(0.5, 1.5, shape).astype(np.float32))
         else:
-            own = others.get(name, others.get(name.rpartition(".")[2], fmt))
+            kind = name.rpartition(".")[2]
+            own = BF16 if kind == "router" else others.get(name, others.get(kind, fmt))
             weights[name] = random_matrix(rng, shape[0], shape[1], *own)
     return weights
 

@@ -64,6 +64,31 @@ SPECS = {
     "wide heads": tiny_spec(num_heads=2, num_kv_heads=1, head_dim=80, intermediate_size=32),
     "heads of 96": tiny_spec(num_heads=4, num_kv_heads=2, head_dim=96, num_layers=1),
     "32 heads of 128 on 8": tiny_spec(num_heads=32, num_kv_heads=8, head_dim=128, num_layers=1),
+    # What families have beside Llama's form.
+    "sliding": tiny_spec(windows=(40, 40), max_position=2048),
+    "one layer of two slides far": tiny_spec(windows=(700, 0), max_position=2048),
+    "biases": tiny_spec(qkv_bias=True),
+    "normed heads": tiny_spec(qk_norm=True, head_dim=48, num_heads=2, num_kv_heads=1),
+    "norms after, caps, every other layer sliding": tiny_spec(
+        post_norms=True, activation="gelu_tanh", embedding_scale=96**0.5, attention_scale=0.3, attention_softcap=2.0,
+        final_softcap=3.0, windows=(33, 0), tie_embeddings=False,
+    ),
+    "norms after, local rope": tiny_spec(
+        post_norms=True, qk_norm=True, activation="gelu_tanh", embedding_scale=96**0.5, windows=(20, 20, 0),
+        num_layers=3, num_kv_heads=1, rope=RopeSpec(theta=1e6, dim=16, factors=(8.0,) * 8),
+        local_rope=RopeSpec(theta=10000.0, dim=16), max_position=2048,
+    ),
+    "experts": tiny_spec(num_experts=5, experts_per_token=2, intermediate_size=64),
+    "experts weighed beside all, norms after": tiny_spec(
+        num_experts=9, experts_per_token=3, normalize_experts=False, post_norms=True, intermediate_size=32,
+    ),
+    "partly turned, long": tiny_spec(
+        head_dim=32, num_heads=3, num_kv_heads=3, attention_scale=0.2,
+        rope=RopeSpec(
+            theta=10000.0, dim=24, factors=(1.0,) * 12, long_factors=(1.0, 1.5) * 6, original_context=64,
+            attention_factor=1.19,
+        ),
+    ),
 }
 
 
@@ -226,9 +251,10 @@ def twin_logits(name: str, mix: str, kv_dtype: str = "bf16") -> Float32:
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_a_context_of_two_segments_is_the_twins(isa: str, kv_dtype: str) -> None:
-    """Past 512 positions a second softmax is folded into the first."""
-    spec = tiny_spec(num_layers=1, max_position=2048)
+@pytest.mark.parametrize("window", [0, 40, 530])
+def test_a_context_of_two_segments_is_the_twins(isa: str, kv_dtype: str, window: int) -> None:
+    """Past 512 positions a second softmax is folded into the first, of which a window leaves nothing or a part."""
+    spec = tiny_spec(num_layers=1, max_position=2048, windows=(window,))
     tokens = ids(550, spec)
     weights = random_weights(spec)
     native = create_program(spec, weights, num_blocks=18, threads=2, isa=isa, kv_dtype=kv_dtype)
@@ -256,6 +282,10 @@ def test_chunks_give_the_bits_of_the_whole(isa: str, name: str, chunk: int, mix:
         ("grouped", "bf16", "int8"),
         ("many heads share a KV head", "bf16", "bf16"),
         ("many heads share a KV head", "bf16", "int8"),
+        ("sliding", "4-bit", "bf16"),
+        ("one layer of two slides far", "4-bit", "bf16"),
+        ("one layer of two slides far", "4-bit", "int8"),
+        ("norms after, local rope", "4-bit", "bf16"),
     ],
 )
 def test_long_contexts_split_over_threads_give_the_same_bits(
@@ -274,8 +304,10 @@ def test_long_contexts_split_over_threads_give_the_same_bits(
         np.testing.assert_array_equal(logits_of(batch)[0], whole[position])
 
 
-def test_a_crowd_and_scattered_blocks_change_no_bit(isa: str, program: Program) -> None:
-    spec = SPECS["grouped"]
+@pytest.mark.parametrize("name", ["grouped", "norms after, caps, every other layer sliding", "partly turned, long", "experts"])
+def test_a_crowd_and_scattered_blocks_change_no_bit(isa: str, name: str) -> None:
+    spec = SPECS[name]
+    program = make_program(spec, isa)
     sequences = [ids(length, spec, seed) for seed, length in enumerate((1, 40, 7, 64, 33, 90, 2, 31, 5, 12))]
     alone = [sequence_logits(make_program(spec, isa), spec, tokens) for tokens in sequences]
     order = np.random.default_rng(3).permutation(80).tolist()

@@ -17,7 +17,7 @@ from engine.kernels.reference import (
     QuantizedMatrix,
     ReferenceProgram,
     attend,
-    gated_silu,
+    gated,
     kernel_matrix,
     quantize_activations,
     rms_norm,
@@ -173,7 +173,7 @@ def test_gate_and_up_columns_alternate_in_groups_of_32() -> None:
     up = np.arange(1, 97, dtype=np.float32)[None]
     interleaved = np.concatenate([part[:, i : i + 32] for i in (0, 32, 64) for part in (gate, up)], axis=1)
     wide = gate.astype(np.float64)
-    np.testing.assert_allclose(gated_silu(interleaved), wide / (1 + np.exp(-wide)) * up, rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(gated(interleaved, "silu"), wide / (1 + np.exp(-wide)) * up, rtol=1e-6, atol=1e-30)
 
 
 @given(npst.arrays(np.float32, (2, 96), elements=st.floats(-1024, 1024, width=32)))
@@ -187,7 +187,10 @@ def test_rms_norm_scales_to_the_weights(x: Float32) -> None:
 @pytest.mark.parametrize("length", [1, 31, 33, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 40])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("quantized", [True, False])
-def test_attention_is_a_softmax_over_what_a_row_sees(length: int, causal: bool, quantized: bool) -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (7, 0.0), (SEGMENT + 3, 2.0)])
+def test_attention_is_a_softmax_over_what_a_row_sees(
+    length: int, causal: bool, quantized: bool, window: int, softcap: float
+) -> None:
     rng = np.random.default_rng(length)
     rows = min(length, 5)
     num_blocks = -(-length // BLOCK_SIZE)
@@ -198,17 +201,22 @@ def test_attention_is_a_softmax_over_what_a_row_sees(length: int, causal: bool, 
         context[..., -1] = rng.uniform(1 / 80, 1 / 20, context.shape[:-1])
     else:
         context[..., -1] = 1
-    limits = np.arange(length - rows + 1, length + 1) if causal else np.full(rows, length)
-    out = attend(queries, context, limits, quantized=quantized)
+    after = np.arange(length - rows + 1, length + 1)
+    limits = after if causal else np.full(rows, length)
+    lows = np.maximum(after - window, 0) if window else np.zeros(rows, int)
+    out = attend(queries, context, lows, limits, softcap=softcap, quantized=quantized)
 
     keys, values = (
         (context[..., :-1].astype(np.float64) * context[..., -1:]).transpose(1, 2, 0, 3, 4).reshape(2, 2, -1, 16)
     )  # [KV head, position, lane]
     for i in range(rows):
         for head in range(4):
-            scores = keys[head // 2, : limits[i]] @ queries[i, head]
+            seen = slice(lows[i], limits[i])
+            scores = keys[head // 2, seen] @ queries[i, head]
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
-            expected = weights @ values[head // 2, : limits[i]] / weights.sum()
+            expected = weights @ values[head // 2, seen] / weights.sum()
             # 16-bit quants: a score of size 16 is off by about 16 / 2**16 at most, and so is its weight's logarithm.
             np.testing.assert_allclose(out[i, head], expected, atol=1e-3 if quantized else 1e-5)
 

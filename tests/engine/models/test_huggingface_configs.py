@@ -57,8 +57,10 @@ def test_config_means_what_transformers_makes_of_it(case: dict[str, Any]) -> Non
     spec: DecoderSpec = read(case["config"], expected).spec
     assert (spec.num_kv_heads, spec.head_dim) == (expected["num_kv_heads"], expected["head_dim"])
     assert (spec.norm_eps, spec.tie_embeddings) == (expected["norm_eps"], expected["tied"])
-    window = expected["sliding_window"] or expected["max_position"]
-    assert spec.max_position == min(window, expected["max_position"])
+    assert spec.max_position == expected["max_position"]
+    window = expected["sliding_window"] or 0
+    # One that hides nothing is none.
+    assert {spec.window(i) for i in range(spec.num_layers)} == {window if window < spec.max_position else 0}
     # transformers computes these in float32, in several roundings.
     np.testing.assert_allclose(spec.rope.frequencies(), expected["inv_freq"], rtol=5e-7)
 

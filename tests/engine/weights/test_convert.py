@@ -456,7 +456,7 @@ def poison(tensor: str) -> Callable[[TinyLlama], None]:
             UnsupportedModelError,
             "llama: tensors that are not supported: blk.0.attn_q.bias",
         ),
-        (metadata("general.architecture", "mamba"), UnsupportedModelError, "must be one of llama, .* has 'mamba'"),
+        (metadata("general.architecture", "mamba"), UnsupportedModelError, "must be one of gemma2, .* has 'mamba'"),
         (metadata("split.count", 4), UnsupportedModelError, r"split over several files .* \(split.count 4\)"),
         (
             poison("blk.0.ffn_gate.weight"),

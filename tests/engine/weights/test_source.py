@@ -32,9 +32,13 @@ def test_the_default_model_is_in_the_catalogue_with_everything_pinned() -> None:
 def test_catalogue_entries_are_usable(entry: object) -> None:
     parsed = parse(entry.name)  # type: ignore[attr-defined]
     assert isinstance(parsed, WheelSource)
-    for digest in (parsed.file.wheel_sha256, parsed.file.member_sha256):
+    wheels = parsed.file.parts or (parsed.file,)
+    for digest in (parsed.file.member_sha256, *(d for one in wheels for d in (one.wheel_sha256, one.member_sha256))):
         assert digest is not None
         assert len(bytes.fromhex(digest)) == 32
+    assert sum(one.wheel_bytes or 0 for one in wheels) == parsed.file.wheel_bytes
+    assert sum(one.member_bytes or 0 for one in wheels) == parsed.file.member_bytes
+    assert parse(parsed.origin) == parsed
 
 
 def test_a_file_of_a_wheel() -> None:

@@ -1,0 +1,107 @@
+"""Phi 3, 3.5 and 4-mini: Llama's form with fused projections, windows, partly turned heads and long rope.
+
+Sources: transformers' Phi3Config with its model; llama.cpp's `phi3` architecture, whose ffn_up holds gate and up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from engine.errors import UnsupportedModelError
+from engine.models import decoder, rope
+from engine.models.blueprint import Blueprint, Description
+from engine.models.decoder import GGUF_NAMES, HUGGINGFACE_NAMES
+from engine.models.keys import Keys
+from engine.models.spec import DecoderSpec
+
+_DEFAULTS: Mapping[str, object] = {
+    # What transformers takes where a config.json says nothing.
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+def from_gguf(description: Description) -> Blueprint:
+    """See `registry.Reader`."""
+    shapes = description.shapes
+    keys = Keys(description.config, prefix="phi3.")
+    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "rope.scaling.attn_factor")
+    num_layers = decoder.num_layers(keys, "block_count", shapes)
+    hidden_size = keys.count("embedding_length", least=1)
+    num_heads = keys.count("attention.head_count", least=1)
+    head_dim = decoder.head_dim(keys, "attention.key_length", hidden_size, num_heads)
+    keys.neutral("attention.value_length", head_dim)
+    context = keys.count("context_length")
+    turned = keys.count("rope.dimension_count", default=head_dim, least=2, most=head_dim)
+    factors = frozenset({_LONG, _SHORT} & shapes.keys())
+    if len(factors) == 1:
+        raise UnsupportedModelError(f"{_LONG} and {_SHORT} must both be there or neither, found {next(iter(factors))}.")
+    for name in sorted(factors):  # before they are read
+        if shapes[name] != (turned // 2,):
+            raise UnsupportedModelError(f"{name} must be a vector [{turned // 2}], found shape {list(shapes[name])}.")
+    if factors:
+        turn = rope.long_from_gguf(keys, turned, description.vector(_SHORT), description.vector(_LONG))
+    else:
+        turn = rope.from_gguf(keys, turned, None)
+    spec = DecoderSpec(
+        family="phi3",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=keys.count("attention.head_count_kv", default=num_heads, least=1),
+        head_dim=head_dim,
+        intermediate_size=keys.count("feed_forward_length"),
+        vocab_size=decoder.vocab_size(keys, shapes, GGUF_NAMES["embed"], hidden_size),
+        max_position=context,
+        norm_eps=keys.positive("attention.layer_norm_rms_epsilon"),
+        rope=turn,
+        tie_embeddings=GGUF_NAMES["head"] not in shapes,
+        windows=decoder.windows(keys.count("attention.sliding_window", default=0), context, num_layers),
+    )
+    return Blueprint(spec, decoder.recipes(spec, GGUF_NAMES, fused=True), factors)
+
+
+def from_config(description: Description) -> Blueprint:
+    """See `registry.Reader`."""
+    shapes, config = description.shapes, {**_DEFAULTS, **description.config}
+    keys = Keys(config)
+    for name in ("rope_scaling", "rope_parameters"):
+        table = keys.table(name)
+        for key in ("rope_type", "type"):
+            if table.get(key) in ("su", "yarn"):  # early names of longrope, in this family alone
+                table = {**table, key: "longrope"}
+        if table:
+            config[name] = table
+    decoder.need_float_causal_lm(keys)
+    decoder.need_neutral(keys, decoder.CONFIG_NEUTRAL)
+    num_layers = decoder.num_layers(keys, "num_hidden_layers", shapes)
+    hidden_size = keys.count("hidden_size", least=1)
+    num_heads = keys.count("num_attention_heads", least=1)
+    head_dim = decoder.head_dim(keys, "head_dim", hidden_size, num_heads)
+    context = keys.count("max_position_embeddings")
+    window = 0 if keys.get("sliding_window") is None else keys.count("sliding_window", least=1)
+    spec = DecoderSpec(
+        family="phi3",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=keys.count("num_key_value_heads", default=num_heads, least=1),
+        head_dim=head_dim,
+        intermediate_size=keys.count("intermediate_size"),
+        vocab_size=decoder.vocab_size(keys, shapes, HUGGINGFACE_NAMES["embed"], hidden_size),
+        max_position=context,
+        norm_eps=keys.positive("rms_norm_eps"),
+        rope=rope.from_huggingface(config, head_dim, partial=True),
+        tie_embeddings=decoder.is_tied(keys, description),
+        windows=decoder.windows(window, context, num_layers),
+    )
+    recipes = decoder.recipes(spec, HUGGINGFACE_NAMES, fused=True)
+    return Blueprint(spec, recipes, decoder.ignored_in_folder(spec, description))
