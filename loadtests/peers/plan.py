@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 OURS = "seraph"
 
 BARRED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "llamacpp": {"prefill-512": (), "decode-1": (), "decode-32": ()},
+    "llamacpp": {"prefill-512": (), "decode-1": (), "decode-32": (), "context-8064": ()},
     "openvino": {"serve": (32,), "decode-32": ()},
     "vllm": {"serve": (32,)},
 }
