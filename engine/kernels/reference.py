@@ -394,7 +394,9 @@ def attend(
         segment = Softmax.empty(grouped[rows])
         for block in range(first // BLOCK_SIZE, min((first + SEGMENT) // BLOCK_SIZE, len(context))):
             begin = block * BLOCK_SIZE
-            segment.add_block(grouped[rows], context[block], lows[rows] - begin, limits[rows] - begin, softcap, quantized)
+            segment.add_block(
+                grouped[rows], context[block], lows[rows] - begin, limits[rows] - begin, softcap, quantized
+            )
         whole.fold(rows, segment)
     out = whole.out * (np.float32(1) / sum_lanes(whole.sums))[..., None]
     return out.reshape(queries.shape)

@@ -131,7 +131,9 @@ def from_gguf(
     factor = 1.0 if unscaled else keys.positive(key)
     if kind == "yarn":
         if frequency_factors is not None:
-            raise UnsupportedModelError("rope scaling must be given once, the checkpoint has yarn and rope_freqs.weight.")
+            raise UnsupportedModelError(
+                "rope scaling must be given once, the checkpoint has yarn and rope_freqs.weight."
+            )
         original = keys.count("rope.scaling.original_context_length", keys.count("context_length"), least=1)
         return RopeSpec(
             theta=theta,
@@ -160,7 +162,9 @@ def long_from_gguf(keys: Keys, dim: int, short: NDArray[np.float32], long: NDArr
     """LongRoPE (Ding et al., 2024) as GGUF stores it: two tensors of factors, and what the first training had."""
     kind = keys.text("rope.scaling.type", default="longrope")
     if kind not in ("none", "longrope"):
-        raise UnsupportedModelError(f"rope scaling must be longrope beside its factors, the checkpoint has {shown(kind)}.")
+        raise UnsupportedModelError(
+            f"rope scaling must be longrope beside its factors, the checkpoint has {shown(kind)}."
+        )
     return RopeSpec(
         theta=keys.positive("rope.freq_base", default=DEFAULT_THETA),
         dim=dim,

@@ -75,20 +75,20 @@ def barred(pair: str, group: Sequence[Task]) -> tuple[Task, ...]:
     return tuple(replace(task, concurrency=bars[task.name]) for task in group if task.name in bars)
 
 
-def turns(
-    groups: Mapping[str, Sequence[tuple[Task, ...]]], rounds: int, whole: int | None = None
-) -> Iterator[Turn]:
-    """All turns in order; the rounds after the first `whole` (default: none) are of what the bars compare alone. Ours and the peer's stand next to each other, and who comes first changes from one round to
+def turns(groups: Mapping[str, Sequence[tuple[Task, ...]]], rounds: int, whole: int | None = None) -> Iterator[Turn]:
+    """All turns in order. Ours and the peer's stand next to each other, and who comes first changes from one round to
     the next and from one group of tasks to the next, so that neither always meets the machine that the other left. One
     comparison is made after another, so that a run which is cut short has whole ones.
 
-    `groups`: for each peer, the tasks that are measured in one go.
+    `groups`: for each peer, the tasks that are measured in one go. Rounds after the first `whole` (None: all are whole)
+    are of what the bars compare alone.
     """
     for pair, of_pair in groups.items():
         for number in range(rounds):
+            wanted = of_pair
             if whole is not None and number >= whole:
-                of_pair = [rest for group in groups[pair] if (rest := barred(pair, group))]
-            for position, group in enumerate(of_pair):
+                wanted = [rest for group in of_pair if (rest := barred(pair, group))]
+            for position, group in enumerate(wanted):
                 systems = (OURS, pair) if (number + position) % 2 == 0 else (pair, OURS)
                 for system in systems:
                     yield Turn(number, pair, system, group)

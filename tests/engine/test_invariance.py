@@ -29,10 +29,10 @@ COMPANY = {
     "chunks of 512": {"max_num_batched_tokens": 512},
     "chunks of 32, no cache": {"max_num_batched_tokens": 32, "max_num_seqs": 12, "enable_prefix_caching": False},
     "chunks of 512, no cache": {"max_num_batched_tokens": 512, "enable_prefix_caching": False},
-    "preempted": {"max_num_batched_tokens": 128, "kv_cache_tokens": 544},
-    "preempted, no cache": {"max_num_batched_tokens": 128, "kv_cache_tokens": 544, "enable_prefix_caching": False},
+    "preempted": {"max_num_batched_tokens": 128, "kv_cache_tokens": 448},
+    "preempted, no cache": {"max_num_batched_tokens": 128, "kv_cache_tokens": 448, "enable_prefix_caching": False},
     "two threads": {"threads": 2},
-    "two threads, preempted": {"threads": 2, "max_num_batched_tokens": 40, "kv_cache_tokens": 544},
+    "two threads, preempted": {"threads": 2, "max_num_batched_tokens": 100, "kv_cache_tokens": 448},
 }
 
 
@@ -127,7 +127,7 @@ def in_bf16(tensor: PackedTensor) -> PackedTensor:
 
 @pytest.fixture(scope="module")
 def tiny_requests(tiny_model: PackedModel) -> list[Request]:
-    return make_requests(tiny_model, longest=300, max_tokens=(48, 40))
+    return make_requests(tiny_model, longest=300, max_tokens=(96, 40))
 
 
 BUILDS = [{"isa": isa, "kv_cache_dtype": dtype} for isa in available_isas() for dtype in KV_DTYPES]

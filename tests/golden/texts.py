@@ -174,3 +174,27 @@ TOOL_TEMPLATE = """\
 {% endif %}
 """
 """A template that uses what transformers adds to jinja2, and its whitespace rules."""
+
+BEGINNINGS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time, in a small village by the sea, there lived",
+    "The three primary colors are",
+    "def fibonacci(n):\n    ",
+    "To make a cup of tea, first",
+    "The largest planet in the solar system is",
+    "Photosynthesis is the process by which",
+    "In 1969, Neil Armstrong",
+    "The opposite of hot is",
+    "A list of the days of the week: Monday, Tuesday,",
+    "Q: What is 7 times 8?\nA:",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The mitochondria are known as",
+    "import numpy as np\n\nx = np.",
+    "Shakespeare wrote many plays, among them",
+    "The recipe calls for two eggs, a cup of flour and",
+    "Les rivières de France sont",
+    "If it rains tomorrow, we will",
+    "The meaning of the word 'entropy' is",
+)
+"""What a model is to go on with."""

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from engine.config import DEFAULT_MODEL
 from engine.errors import ConfigError, EngineError
 from engine.request import SamplingParams
+from engine.weights.catalog import catalog
 from server.cli import app
 from server.parameters import (
     INTERRUPTED,
@@ -37,6 +38,8 @@ from tests.server.fakes import FakeEngine, FakeText, say
 from tests.server.support import listening
 
 ROOT = Path(__file__).resolve().parents[2]
+ALIASES = [entry.name for entry in catalog()]
+
 cli = CliRunner()
 
 
@@ -311,7 +314,7 @@ def test_the_shell_completes_models_on_this_machine(command: str, tmp_path: Path
     file.parent.mkdir(parents=True)
     file.write_bytes(b"x")
     fetched = "pypi:x-y==1.0/z/z.Q8_0.gguf"
-    assert completed(f"seraph {command} ", home=str(tmp_path)).split() == [DEFAULT_MODEL, fetched]
+    assert completed(f"seraph {command} ", home=str(tmp_path)).split() == [*ALIASES, fetched]
     assert completed(f"seraph {command} py", home=str(tmp_path)) == fetched
 
 
@@ -328,7 +331,7 @@ def test_completion_is_quiet_and_light(tmp_path: Path) -> None:
     record = tmp_path / "hub/org--name/records/0.json"
     record.parent.mkdir(parents=True)
     record.write_text("{")
-    assert completed("seraph serve ", home=str(tmp_path)) == DEFAULT_MODEL
+    assert completed("seraph serve ", home=str(tmp_path)).split() == ALIASES
 
     def broken() -> list[str]:
         raise RuntimeError("broken")
@@ -343,7 +346,7 @@ def test_completion_is_quiet_and_light(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
-    assert (done.stdout.split("\n"), done.stderr) == ([DEFAULT_MODEL, "set()", ""], "")
+    assert (done.stdout.split("\n"), done.stderr) == ([*ALIASES, "set()", ""], "")
 
 
 def test_completion_can_be_installed() -> None:

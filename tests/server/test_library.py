@@ -69,7 +69,7 @@ def test_pull_list_remove(home: Path, checkpoint: str) -> None:
     assert "BF16 GGUF as int8" in seraph(home, "models").stdout
     removed = seraph(home, "rm", "tiny")
     assert (removed.exit_code, removed.stdout.split()[:3]) == (0, ["tiny", "is", "removed:"])
-    assert list(listed(home)) == [DEFAULT_MODEL]
+    assert list(listed(home)) == [entry.name for entry in catalog()]
     assert Path(checkpoint).exists()
 
 
@@ -78,7 +78,7 @@ def test_what_was_fetched_in_part_is_told(home: Path) -> None:
     blobs.mkdir(parents=True)
     (blobs / f"sha256-{'0' * 64}.part").write_bytes(bytes(2_000_000))
     assert "2 MB of unfinished fetches from hf:org/name" in seraph(home, "models").stdout
-    assert list(listed(home)) == [DEFAULT_MODEL]
+    assert list(listed(home)) == [entry.name for entry in catalog()]
     assert "name is removed: 2 MB are free again" in seraph(home, "rm", "hf:org/name").stdout
     assert "unfinished" not in seraph(home, "models").stdout
 

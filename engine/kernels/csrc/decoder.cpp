@@ -115,9 +115,9 @@ void Decoder::profile(bool on) {
 }
 
 std::vector<std::pair<std::string, double>> Decoder::phase_seconds() const {
-    static constexpr const char* kNames[] = {"embed",    "attn_norm", "qkv",    "rope",    "attend", "merge",
-                                             "out",      "ffn_norm",  "router", "dispatch", "gather", "gate_up",
-                                             "down",     "combine",   "final",  "head",    "sample"};
+    static constexpr const char* kNames[] = {"embed", "attn_norm", "qkv",    "rope",     "attend", "merge",
+                                             "out",   "ffn_norm",  "router", "dispatch", "gather", "gate_up",
+                                             "down",  "combine",   "final",  "head",     "sample"};
     static_assert(std::size(kNames) == static_cast<size_t>(Op::kCount));
     std::vector<std::pair<std::string, double>> all{{"prepare", prepare_seconds_}};
     for (size_t i = 0; i < std::size(kNames); ++i)

@@ -101,12 +101,12 @@ class Decoder {
     // Which rows of a step go to which expert. Rows of one expert lie together, in the order of tokens, from a multiple
     // of kMaxRows on; there is a row for every token and expert it goes to.
     struct Routing {
-        std::vector<int32_t> expert;         // [tokens, experts_per_token], the best first
-        std::vector<float> weight;           // [tokens, experts_per_token]
-        std::vector<int32_t> row_of;         // [tokens, experts_per_token]
-        std::vector<int32_t> token_of;       // [rows], -1 where there is none
-        std::vector<int32_t> active;         // experts that have rows
-        std::vector<int32_t> first, count;   // [num_experts]
+        std::vector<int32_t> expert;       // [tokens, experts_per_token], the best first
+        std::vector<float> weight;         // [tokens, experts_per_token]
+        std::vector<int32_t> row_of;       // [tokens, experts_per_token]
+        std::vector<int32_t> token_of;     // [rows], -1 where there is none
+        std::vector<int32_t> active;       // experts that have rows
+        std::vector<int32_t> first, count; // [num_experts]
         int num_rows = 0;
     };
     // Rows of one projection's input, in either form, and the per-thread copies that small steps make for themselves.
@@ -127,7 +127,8 @@ class Decoder {
     void embed(int token);
     void norm(const float* x, const float* weight, int n, float* out) const;
     const float* stream_row(const float* post_norm, int row, int thread);
-    void norm_rows(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int rows, int thread);
+    void norm_rows(const float* x, const float* weight, const Matrix& w, Activations& to, int row, int rows,
+                   int thread);
     void norm_tile(int phase, int tile, int thread);
     InputRows input_of(int phase, int thread);
     void project(int phase, int first, int last, int thread);

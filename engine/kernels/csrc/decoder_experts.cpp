@@ -107,7 +107,8 @@ void Decoder::combine(int layer, int tile) {
         for (int i = 0; i < n; i += kLanes) {
             F32 sum = zero_f32();
             for (int slot = 0; slot < wanted; ++slot)
-                sum = fma(set1(weights[slot]), load(routed_out_.data() + static_cast<int64_t>(rows[slot]) * n + i), sum);
+                sum =
+                    fma(set1(weights[slot]), load(routed_out_.data() + static_cast<int64_t>(rows[slot]) * n + i), sum);
             store(x + i, waits ? sum : load(x + i) + sum);
         }
     }

@@ -52,8 +52,8 @@ struct InputRows {
 
 // 32 values x into group `group` of row `row` of `to`, whose rows have k values.
 void quantize_group(const float* x, int k, const QuantRows& to, int row, int group);
-// The same of the kMaxRows rows from `row`, a multiple of kMaxRows, on, which lie `stride` floats apart: faster than one
-// by one.
+// The same of the kMaxRows rows from `row`, a multiple of kMaxRows, on, which lie `stride` floats apart: faster than
+// one by one.
 void quantize_groups(const float* x, int stride, int k, const QuantRows& to, int row, int group);
 // Fetches the lines that quantize_group() changes for the rows of a block of kMaxRows, to be written.
 void fetch_group(int k, const QuantRows& to, int row, int group);

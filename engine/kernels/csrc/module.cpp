@@ -364,9 +364,7 @@ double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int
 } // namespace
 
 NB_MODULE(SERAPH_MODULE, m) {
-    nb::enum_<Activation>(m, "Activation")
-        .value("silu", Activation::kSilu)
-        .value("gelu_tanh", Activation::kGeluTanh);
+    nb::enum_<Activation>(m, "Activation").value("silu", Activation::kSilu).value("gelu_tanh", Activation::kGeluTanh);
     nb::class_<DecoderShape>(m, "DecoderShape")
         .def(nb::init<int, int, int, int, int, int, int, int, float, float, float, float, float, Activation, int, int,
                       bool>(),

@@ -104,8 +104,8 @@ SERAPH_INLINE F32 silu(F32 x) {
     return x / (set1(1.0f) + exp_within(zero_f32() - x));
 }
 
-// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), which is x / (1 + e^-2u) where tanh is taken of u (Hendrycks and
-// Gimpel, 2016).
+// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), which is x / (1 + e^-2u) where tanh is taken of u (Hendrycks
+// and Gimpel, 2016).
 SERAPH_INLINE F32 gelu_tanh(F32 x) {
     const F32 inner = fma(x * x * x, set1(0.044715f), x);
     return x / (set1(1.0f) + exp_within(inner * set1(-1.59576912160573f)));

@@ -70,22 +70,46 @@ SPECS = {
     "biases": tiny_spec(qkv_bias=True),
     "normed heads": tiny_spec(qk_norm=True, head_dim=48, num_heads=2, num_kv_heads=1),
     "norms after, caps, every other layer sliding": tiny_spec(
-        post_norms=True, activation="gelu_tanh", embedding_scale=96**0.5, attention_scale=0.3, attention_softcap=2.0,
-        final_softcap=3.0, windows=(33, 0), tie_embeddings=False,
+        post_norms=True,
+        activation="gelu_tanh",
+        embedding_scale=96**0.5,
+        attention_scale=0.3,
+        attention_softcap=2.0,
+        final_softcap=3.0,
+        windows=(33, 0),
+        tie_embeddings=False,
     ),
     "norms after, local rope": tiny_spec(
-        post_norms=True, qk_norm=True, activation="gelu_tanh", embedding_scale=96**0.5, windows=(20, 20, 0),
-        num_layers=3, num_kv_heads=1, rope=RopeSpec(theta=1e6, dim=16, factors=(8.0,) * 8),
-        local_rope=RopeSpec(theta=10000.0, dim=16), max_position=2048,
+        post_norms=True,
+        qk_norm=True,
+        activation="gelu_tanh",
+        embedding_scale=96**0.5,
+        windows=(20, 20, 0),
+        num_layers=3,
+        num_kv_heads=1,
+        rope=RopeSpec(theta=1e6, dim=16, factors=(8.0,) * 8),
+        local_rope=RopeSpec(theta=10000.0, dim=16),
+        max_position=2048,
     ),
     "experts": tiny_spec(num_experts=5, experts_per_token=2, intermediate_size=64),
     "experts weighed beside all, norms after": tiny_spec(
-        num_experts=9, experts_per_token=3, normalize_experts=False, post_norms=True, intermediate_size=32,
+        num_experts=9,
+        experts_per_token=3,
+        normalize_experts=False,
+        post_norms=True,
+        intermediate_size=32,
     ),
     "partly turned, long": tiny_spec(
-        head_dim=32, num_heads=3, num_kv_heads=3, attention_scale=0.2,
+        head_dim=32,
+        num_heads=3,
+        num_kv_heads=3,
+        attention_scale=0.2,
         rope=RopeSpec(
-            theta=10000.0, dim=24, factors=(1.0,) * 12, long_factors=(1.0, 1.5) * 6, original_context=64,
+            theta=10000.0,
+            dim=24,
+            factors=(1.0,) * 12,
+            long_factors=(1.0, 1.5) * 6,
+            original_context=64,
             attention_factor=1.19,
         ),
     ),
@@ -304,7 +328,9 @@ def test_long_contexts_split_over_threads_give_the_same_bits(
         np.testing.assert_array_equal(logits_of(batch)[0], whole[position])
 
 
-@pytest.mark.parametrize("name", ["grouped", "norms after, caps, every other layer sliding", "partly turned, long", "experts"])
+@pytest.mark.parametrize(
+    "name", ["grouped", "norms after, caps, every other layer sliding", "partly turned, long", "experts"]
+)
 def test_a_crowd_and_scattered_blocks_change_no_bit(isa: str, name: str) -> None:
     spec = SPECS[name]
     program = make_program(spec, isa)

@@ -139,13 +139,19 @@ def test_long_factors_are_those_of_contexts_beyond_the_first_training() -> None:
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor must be 6 positive"),
         ("phi3", {"original_max_position_embeddings": 1}, "original_max_position_embeddings must be at least 2"),
         ("mistral", {"sliding_window": 0}, "sliding_window must be one integer from 1"),
-        ("mixtral", {"num_experts_per_tok": 5}, "experts_per_token must be from 1 to num_experts 4, the checkpoint has 5"),
+        (
+            "mixtral",
+            {"num_experts_per_tok": 5},
+            "experts_per_token must be from 1 to num_experts 4, the checkpoint has 5",
+        ),
         ("mixtral", {"num_local_experts": 5000}, "num_local_experts must be one integer from 1 to 4096, got 5000"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step must be 1, the checkpoint has 2"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers must be empty, got \[0\]"),
     ],
 )
-def test_what_would_change_the_arithmetic_is_refused_by_name(name: str, config: dict[str, object], message: str) -> None:
+def test_what_would_change_the_arithmetic_is_refused_by_name(
+    name: str, config: dict[str, object], message: str
+) -> None:
     if "rope_parameters" in config:
         model = folder(name)
         model.config["rope_parameters"] = config["rope_parameters"]
@@ -177,5 +183,5 @@ def test_the_same_of_gguf(name: str, metadata: dict[str, object], message: str) 
 def test_half_of_the_long_factors_is_an_error() -> None:
     model = tiny_gguf("phi3", folder("phi3"), "F32", head_dim=16)
     del model.tensors["rope_factors_short.weight"]
-    with pytest.raises(UnsupportedModelError, match="must both be there or neither, found rope_factors_long.weight"):
+    with pytest.raises(UnsupportedModelError, match=r"must both be there or neither, found rope_factors_long\.weight"):
         blueprint(model)

@@ -10,6 +10,7 @@ import pytest
 from engine.config import DEFAULT_MODEL
 from engine.errors import SourceError
 from engine.weights import installed, known, load_model, remove, sweep, unfinished
+from engine.weights.catalog import catalog
 from engine.weights.files import lock
 from engine.weights.hub_client import HubClient
 from engine.weights.inventory import InstalledModel
@@ -81,7 +82,8 @@ def test_packed_and_fetched_models(home: Path, tmp_path: Path) -> None:
 
 
 def test_what_can_be_loaded_by_a_name(home: Path, tmp_path: Path, remote: Hub) -> None:
-    assert known(home) == [DEFAULT_MODEL]
+    aliases = [entry.name for entry in catalog()]
+    assert known(home) == aliases
     remote.repository("org/name").commit({"m.gguf": TinyLlama().write(tmp_path / "mine.gguf").read_bytes()})
     load_model("hf:org/name", home=home, client=client(remote))
     load_model(str(tmp_path / "mine.gguf"), home=home)  # which goes by its path
@@ -90,8 +92,8 @@ def test_what_can_be_loaded_by_a_name(home: Path, tmp_path: Path, remote: Hub) -
     for path in (default.file.path(home), home / "models/x-y-1.0/z/z.Q8_0.gguf"):
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x")
-    assert known(home) == [DEFAULT_MODEL, "hf:org/name", "pypi:x-y==1.0/z/z.Q8_0.gguf"]
-    for name in known(home):
+    assert known(home) == [*aliases, "hf:org/name", "pypi:x-y==1.0/z/z.Q8_0.gguf"]
+    for name in (DEFAULT_MODEL, *known(home)[len(aliases) :]):
         assert parse(name).origin in {model.source for model in installed(home)}
     remove(["hf:org/name"], home)
     assert "hf:org/name" not in known(home)
