@@ -340,7 +340,11 @@ def tiny_gguf(name: str, folder: TinyFolder, quant: str, *, head_dim: int) -> Ti
         model.tensors[name_of_all] = np.stack(each)
     for vector, numbers in family.gguf_vectors.items():
         model.tensors[vector] = np.array(numbers, np.float32)
-    model.types = {
-        key: "F32" if values.ndim == 1 or "ffn_gate_inp" in key else quant for key, values in model.tensors.items()
-    }
+    model.types = {key: _type_of(key, values, quant) for key, values in model.tensors.items()}
     return model
+
+
+def _type_of(name: str, values: NDArray[np.float32], quant: str) -> str:
+    if values.ndim == 1 or "ffn_gate_inp" in name:
+        return "F32"
+    return "Q8_0" if quant.endswith("_K") and values.shape[-1] % 256 else quant  # as real files do

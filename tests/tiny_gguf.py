@@ -111,7 +111,8 @@ def stored_as(values: NDArray[np.float32], kind: str) -> NDArray[np.float32] | N
     if kind == "F32":
         return values
     if kind in ("Q4_K", "Q5_K", "Q6_K"):
-        return k_quants.quantize(values, kind)
+        rows = k_quants.quantize(values.reshape(-1, values.shape[-1]), kind)
+        return rows.reshape(*values.shape[:-1], -1)
     raw: NDArray[np.uint8] = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]).view(np.uint8)
     return raw
 
