@@ -221,7 +221,8 @@ def _run(
         failure = error
         if error is None:
             gc.freeze()  # what is loaded stays: later collections need not walk it
-            print(banner(settings, engine.capabilities(), defaults, listener.getsockname()[1]), flush=True)
+            port, known = listener.getsockname()[1], engine.capabilities()
+            print(banner(settings, known, defaults, port, chats=text.template is not None), flush=True)
         else:
             web.should_exit = True
 
@@ -259,8 +260,13 @@ def _run(
     return status
 
 
-def banner(settings: Settings, known: Capabilities, defaults: Mapping[str, float], port: int) -> str:
-    """What a start says: the model, what it runs on, what fits, who may come in, where it listens, how to try it."""
+def banner(
+    settings: Settings, known: Capabilities, defaults: Mapping[str, float], port: int, *, chats: bool = True
+) -> str:
+    """What a start says: the model, what it runs on, what fits, who may come in, where it listens, how to try it.
+
+    `chats`: the model has a chat template.
+    """
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reachable = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else host
     rows = {
@@ -273,11 +279,13 @@ def banner(settings: Settings, known: Capabilities, defaults: Mapping[str, float
         "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
         "listening": f"http://{host}:{port}",
     }
-    question = {"role": "user", "content": "Tell me the capital of France."}
-    body = json.dumps({"model": settings.model_names[0], "messages": [question]})
+    path, asked = "completions", {"prompt": "The capital of France is"}
+    if chats:
+        path, asked = "chat/completions", {"messages": [{"role": "user", "content": "Tell me the capital of France."}]}
+    body = json.dumps({"model": settings.model_names[0], **asked})
     key = ' -H "authorization: Bearer $SERAPH_API_KEY"' if settings.api_key else ""
     table = "\n".join(f"  {name:<10} {value}" for name, value in rows.items() if value)
-    curl = f"curl http://{reachable}:{port}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'"
+    curl = f"curl http://{reachable}:{port}/v1/{path} -H 'content-type: application/json'{key} -d '{body}'"
     return f"Seraph {version()}\n\n{table}\n\nTry it:\n\n  {curl}\n"
 
 

@@ -64,6 +64,14 @@ def test_a_row(changes: dict[str, Any], row: str, said: str) -> None:
     assert rows(msgspec.structs.replace(KNOWN, **changes))[row] == said
 
 
+def test_what_to_try_is_what_the_model_can_do() -> None:
+    chat, text = (banner(settings(), KNOWN, {}, 9000, chats=chats).partition("Try it")[2] for chats in (True, False))
+    assert "http://127.0.0.1:9000/v1/chat/completions " in chat
+    assert "messages" in chat
+    assert "http://127.0.0.1:9000/v1/completions " in text
+    assert '"prompt": ' in text
+
+
 def test_the_door_is_told() -> None:
     assert rows(api_key=("k",), host="0.0.0.0")["door"] == "key"
     assert rows(insecure=True, host="::1")["listening"] == "http://[::1]:9000"
