@@ -279,7 +279,7 @@ def banner(
         "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
         "listening": f"http://{host}:{port}",
     }
-    path, asked = "completions", {"prompt": "The capital of France is"}
+    path, asked = "completions", dict[str, object](prompt="The capital of France is")
     if chats:
         path, asked = "chat/completions", {"messages": [{"role": "user", "content": "Tell me the capital of France."}]}
     body = json.dumps({"model": settings.model_names[0], **asked})

@@ -51,13 +51,13 @@ def write_7b(path: Path) -> None:
     blocks = np.random.default_rng(0).integers(0, 256, (vocab * hidden // 32, 18), dtype=np.uint8)
     blocks[:, :2] = np.frombuffer(np.float16(1 / (8 * hidden**0.5)).tobytes(), np.uint8)  # their scales
     flat = blocks.reshape(-1)
+    sizes = {"llama.block_count": layers, "llama.feed_forward_length": ffn, "llama.vocab_size": vocab}
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in tiny.metadata.items():
-        if key.startswith("llama."):
-            value = {"llama.block_count": layers, "llama.feed_forward_length": ffn, "llama.vocab_size": vocab}.get(
-                key, value
-            )
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        elif key.startswith("llama.") and isinstance(value, int):
+            writer.add_uint32(key, sizes.get(key, value))
     for key in ("model", "pre"):
         writer.add_string(f"tokenizer.ggml.{key}", str(tiny.metadata[f"tokenizer.ggml.{key}"]))
     for key in ("tokens", "token_type", "merges"):
