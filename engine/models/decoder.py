@@ -97,9 +97,6 @@ HUGGINGFACE_NAMES: Mapping[str, str] = {
 }
 """The same in transformers, as most families name them."""
 
-MAX_EXPERTS = 4096
-"""Far above any model's: something is made for each before tensors' shapes are compared with it."""
-
 _TENSORS_PER_LAYER = 6  # of the families with the fewest
 
 
@@ -264,7 +261,7 @@ def vocab_size(keys: Keys, shapes: Mapping[str, tuple[int, ...]], embedding: str
 
 def experts_from_gguf(keys: Keys) -> tuple[int, int]:
     """Experts of a layer, and those that a token goes to; 0 and 0 where there are none."""
-    count = keys.count("expert_count", default=0, most=MAX_EXPERTS)
+    count = keys.count("expert_count", default=0)
     return count, keys.count("expert_used_count", least=1) if count else 0
 
 

@@ -117,8 +117,9 @@ def _from_gguf(description: Description, family: str, *, every: int) -> Blueprin
         post_norms=True,
         embedding_scale=math.sqrt(hidden_size),
         attention_scale=(hidden_size / num_heads if num_layers == _LARGEST_LAYERS[family] else head_dim) ** -0.5,
-        attention_softcap=_softcap(keys, "attn_logit_softcapping"),
-        final_softcap=_softcap(keys, "final_logit_softcapping"),
+        # What llama.cpp takes where a file of the second says nothing.
+        attention_softcap=_softcap(keys, "attn_logit_softcapping", default=0.0 if third else 50.0),
+        final_softcap=_softcap(keys, "final_logit_softcapping", default=0.0 if third else 30.0),
         windows=decoder.sliding(
             keys.count("attention.sliding_window", least=1), num_layers, lambda layer: (layer + 1) % every != 0
         ),
@@ -191,7 +192,9 @@ def _ropes(config: Mapping[str, object], head_dim: int) -> tuple[RopeSpec, RopeS
     )
 
 
-def _softcap(keys: Keys, key: str) -> float:
+def _softcap(keys: Keys, key: str, *, default: float = 0.0) -> float:
     """0 where there is none."""
     value = keys.get(key)
-    return 0.0 if value is None or value == 0 else keys.positive(key)
+    if value is None:
+        return default
+    return 0.0 if isinstance(value, (int, float)) and value == 0 else keys.positive(key)

@@ -138,7 +138,7 @@ def _from_config(
         rope=rope.from_huggingface(config, head_dim),
         tie_embeddings=decoder.is_tied(keys, description),
         windows=decoder.windows(window, context, num_layers),
-        num_experts=keys.count("num_local_experts", least=1, most=decoder.MAX_EXPERTS) if has_experts else 0,
+        num_experts=keys.count("num_local_experts", least=1) if has_experts else 0,
         experts_per_token=keys.count("num_experts_per_tok", least=1) if has_experts else 0,
     )
     return Blueprint(spec, decoder.recipes(spec, names), decoder.ignored_in_folder(spec, description))

@@ -151,7 +151,7 @@ def _from_config(
             num_layers,
             decoder.sliding_layers(keys, num_layers, lambda layer: layer >= first),
         ),
-        num_experts=keys.count("num_experts", least=1, most=decoder.MAX_EXPERTS) if has_experts else 0,
+        num_experts=keys.count("num_experts", least=1) if has_experts else 0,
         experts_per_token=keys.count("num_experts_per_tok", least=1) if has_experts else 0,
         normalize_experts=keys.flag("norm_topk_prob", default=False) if has_experts else True,
     )

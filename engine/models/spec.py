@@ -41,6 +41,9 @@ class RopeSpec:
         return frequencies / np.asarray(factors) if factors else frequencies
 
 
+MAX_EXPERTS = 1 << 16
+"""Experts of all layers: far above any model's, for each of them is a few objects."""
+
 ACTIVATIONS = ("silu", "gelu_tanh")
 """What a gate passes through: x * sigmoid(x), or GELU with its tanh approximation."""
 
@@ -133,6 +136,12 @@ class DecoderSpec:
             "experts_per_token",
             f"from 1 to num_experts {self.num_experts}" if self.num_experts else "0 without experts",
             self.experts_per_token,
+        )
+        need(
+            self.num_layers * self.num_experts <= MAX_EXPERTS,
+            "num_layers * num_experts",
+            f"at most {MAX_EXPERTS}",
+            self.num_layers * self.num_experts,
         )
         for name in ("attention_softcap", "final_softcap"):
             need(0 <= getattr(self, name) < float("inf"), name, "finite and at least 0", getattr(self, name))

@@ -20,9 +20,12 @@ from tests.fuzz.documents import changed, encoded
 from tests.fuzz.documents import values as documents
 from tests.fuzz.harness import fuzz, limited, ours
 from tests.fuzz.strategies import Gguf, Sample, damaged, rearranged, tiny
+from tests.tiny_families import FAMILIES, tiny_folder, tiny_gguf
 from tests.tiny_hf import TinyFolder
 
 quantizations = st.sampled_from([None, *QUANTIZATIONS])
+
+FAMILY_SIZES = {"hidden": 64, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 32, "vocab": 261}
 
 
 def use(path: Path, quantization: str | None = None) -> None:
@@ -94,6 +97,41 @@ def configuration() -> Any:
 @fuzz(60, config=st.deferred(lambda: changed(configuration()) | documents), quantization=quantizations)
 def test_configurations(folder: Path, config: Any, quantization: str | None) -> None:
     use(put(folder, {**files(1), "config.json": encoded(config)}), quantization)
+
+
+@cache
+def family_files(name: str) -> dict[str, bytes]:
+    """The files of a tiny folder of a family."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as made:
+        folder = tiny_folder(name, **FAMILY_SIZES).write(Path(made))
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@fuzz(150, name=st.sampled_from(sorted(FAMILIES)), quantization=quantizations, data=st.data())
+def test_configurations_of_families(folder: Path, name: str, quantization: str | None, data: st.DataObject) -> None:
+    content = family_files(name)
+    config = data.draw(changed(json.loads(content["config.json"])))
+    use(put(folder, {**content, "config.json": encoded(config)}), quantization)
+
+
+@fuzz(150, name=st.sampled_from(sorted(FAMILIES)), data=st.data())
+def test_metadata_of_families(folder: Path, name: str, data: st.DataObject) -> None:
+    """Keys of a GGUF file that are missing, of another kind, or of another size."""
+    model = tiny_gguf(name, tiny_folder(name, **FAMILY_SIZES), "Q4_0", head_dim=FAMILY_SIZES["head_dim"])
+    keys = sorted(key for key in model.metadata if key.startswith(f"{FAMILIES[name].gguf}."))
+    for key in data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=3, unique=True)):
+        old = model.metadata[key]
+        near = [old + 1, old * 2, old * 1000] if isinstance(old, int) else [old, "x"]
+        new = data.draw(
+            st.sampled_from([None, 0, 1, 2**31, 1.5, -1.0, float("inf"), float("nan"), "yarn", True, *near])
+        )
+        if new is None:
+            del model.metadata[key]
+        else:
+            model.metadata[key] = new
+    use(model.write(folder / "m.gguf"))
 
 
 @fuzz(60, index=st.deferred(lambda: changed(json.loads(files(2)["model.safetensors.index.json"])) | documents))
