@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from engine.errors import ConfigError, SeraphError
+from engine.errors import ConfigError, FormatError, SeraphError, UnsupportedModelError
 from server.options import Option
 from server.settings import options, resolve
 
@@ -22,10 +22,11 @@ WRONG_CONFIG = 2
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Expected errors become one line and an exit status: 2 for a wrong setting, 1 for the rest, 130 for Ctrl-C."""
+    """Expected errors become one line and an exit status: 2 for a wrong setting or a model that cannot be used, which
+    will be so again, 1 for the rest, 130 for Ctrl-C."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, FormatError, UnsupportedModelError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(WRONG_CONFIG) from None
     except SeraphError as error:

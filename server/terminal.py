@@ -19,7 +19,7 @@ from engine import logs
 from engine.backends.base import Engine
 from engine.backends.native import NativeEngine
 from engine.config import DEFAULT_MODEL
-from engine.errors import ContextLengthError, EngineError, RequestError, SeraphError
+from engine.errors import ContextLengthError, EngineError, RequestError, SeraphError, UnsupportedModelError
 from engine.request import FinishReason, Request, SamplingParams
 from server.serving import fetch
 from server.settings import Settings
@@ -211,6 +211,11 @@ def chat(settings: Settings, *, url: str, asked: Mapping[str, float], system: st
             from engine.text import ModelText
 
             text = ModelText.from_info(model.info, chat_template=settings.chat_template_source())
+            if text.template is None:
+                raise UnsupportedModelError(
+                    f"a chat needs a chat template, and {model.name} has none: give one with --chat-template, or have "
+                    "text continued through /v1/completions of `seraph serve`."
+                )
             model.close()
             runner.run(engine.start())
             try:

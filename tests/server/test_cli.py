@@ -36,6 +36,7 @@ from server.settings import Settings, options
 from server.terminal import Conversation, LocalPartner, Messages, RemotePartner
 from tests.server.fakes import FakeEngine, FakeText, say
 from tests.server.support import listening
+from tests.tiny_families import tiny_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIASES = [entry.name for entry in catalog()]
@@ -101,6 +102,37 @@ def test_an_unknown_model(arguments: list[str]) -> None:
     assert done.returncode == 1
     assert "no-such-model" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def unusable(folder: Path) -> dict[str, str]:
+    """Folders that no start can use, and what is said of them."""
+    sizes = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96}
+    foreign, partial, cut = (tiny_folder(name, **sizes) for name in ("qwen3", "qwen3", "phi3"))
+    foreign.config["model_type"] = "mamba"
+    del partial.tensors["model.layers.1.self_attn.k_norm.weight"]
+    fused = "model.layers.0.self_attn.qkv_proj.weight"
+    cut.tensors[fused] = cut.tensors[fused][:-16]
+    return {
+        str(foreign.write(folder / "foreign")): "model_type must be one of gemma2, ",
+        str(partial.write(folder / "partial")): "tensor model.layers.1.self_attn.k_norm.weight [16] is missing",
+        str(cut.write(folder / "cut")): f"tensor {fused}: expected shape [128, 64], found [112, 64]",
+    }
+
+
+def test_a_model_that_cannot_be_used(tmp_path: Path) -> None:
+    for source, said in unusable(tmp_path).items():
+        done = seraph("serve", source, "--port", "0")
+        assert done.returncode == WRONG_CONFIG
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_chat_needs_a_template(tmp_path: Path) -> None:
+    folder = tiny_folder("qwen3").write(tmp_path / "bare")
+    (folder / "chat_template.jinja").unlink()
+    done = seraph("chat", str(folder))
+    assert done.returncode == WRONG_CONFIG
+    assert "a chat needs a chat template, and bare has none: give one with --chat-template" in done.stderr
 
 
 def test_models_lists_the_catalogue(tmp_path: Path) -> None:
