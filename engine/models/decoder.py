@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import TypedDict
 
 from engine.errors import UnsupportedModelError
 from engine.models.blueprint import Description
@@ -18,7 +19,6 @@ MAX_HEAD_DIM = 1024
 
 GGUF_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # Keys that change the arithmetic, with the values under which they change nothing.
-    "rope.scaling.attn_factor": (1.0,),
     "expert_count": (0,),
     "attention.causal": (True,),
     "attention.max_alibi_bias": (0.0,),
@@ -98,6 +98,65 @@ HUGGINGFACE_NAMES: Mapping[str, str] = {
 """The same in transformers, as most families name them."""
 
 _TENSORS_PER_LAYER = 6  # of the families with the fewest
+
+
+class Sizes(TypedDict):
+    """What every family's configuration says, by the names of DecoderSpec."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position: int
+    norm_eps: float
+    tie_embeddings: bool
+
+
+def sizes_from_gguf(keys: Keys, description: Description, *, intermediate: str = "feed_forward_length") -> Sizes:
+    """`intermediate`: the key of the feed-forward's width."""
+    shapes = description.shapes
+    num_layers = _num_layers(keys, "block_count", shapes)
+    hidden_size = keys.count("embedding_length", least=1)
+    num_heads = keys.count("attention.head_count", least=1)
+    head_dim = _head_dim(keys, "attention.key_length", hidden_size, num_heads)
+    keys.neutral("attention.value_length", head_dim)
+    return Sizes(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=keys.count("attention.head_count_kv", default=num_heads, least=1),
+        head_dim=head_dim,
+        intermediate_size=keys.count(intermediate),
+        vocab_size=_vocab_size(keys, shapes, GGUF_NAMES["embed"], hidden_size),
+        max_position=keys.count("context_length"),
+        norm_eps=keys.positive("attention.layer_norm_rms_epsilon"),
+        tie_embeddings=GGUF_NAMES["head"] not in shapes,
+    )
+
+
+def sizes_from_config(
+    keys: Keys, description: Description, *, intermediate: str = "intermediate_size", tied: bool = False
+) -> Sizes:
+    """`tied`: whether the embedding is the head where a config.json does not say."""
+    shapes = description.shapes
+    num_layers = _num_layers(keys, "num_hidden_layers", shapes)
+    hidden_size = keys.count("hidden_size", least=1)
+    num_heads = keys.count("num_attention_heads", least=1)
+    return Sizes(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=keys.count("num_key_value_heads", default=num_heads, least=1),
+        head_dim=_head_dim(keys, "head_dim", hidden_size, num_heads),
+        intermediate_size=keys.count(intermediate),
+        vocab_size=_vocab_size(keys, shapes, HUGGINGFACE_NAMES["embed"], hidden_size),
+        max_position=keys.count("max_position_embeddings"),
+        norm_eps=keys.positive("rms_norm_eps"),
+        tie_embeddings=_is_tied(keys, description, default=tied),
+    )
 
 
 def recipes(
@@ -202,7 +261,7 @@ def need_float_causal_lm(keys: Keys) -> None:
             )
 
 
-def is_tied(keys: Keys, description: Description, *, default: bool = False) -> bool:
+def _is_tied(keys: Keys, description: Description, *, default: bool) -> bool:
     """Whether the embedding is the head too. A head of its own counts even where the configuration denies it."""
     embed, head = HUGGINGFACE_NAMES["embed"], HUGGINGFACE_NAMES["head"]
     if not keys.flag("tie_word_embeddings", default=default):
@@ -226,7 +285,7 @@ def ignored_in_folder(spec: DecoderSpec, description: Description) -> frozenset[
     return frozenset(ignored & description.shapes.keys())
 
 
-def num_layers(keys: Keys, key: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _num_layers(keys: Keys, key: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Compared with the tensors there are before anything is made for each layer."""
     count = keys.count(key, least=1)
     needed = _TENSORS_PER_LAYER * count
@@ -237,7 +296,7 @@ def num_layers(keys: Keys, key: str, shapes: Mapping[str, tuple[int, ...]]) -> i
     return count
 
 
-def head_dim(keys: Keys, key: str, hidden_size: int, num_heads: int) -> int:
+def _head_dim(keys: Keys, key: str, hidden_size: int, num_heads: int) -> int:
     """What the checkpoint says, else an equal share of the hidden size for each head."""
     if keys.get(key) is None and hidden_size % num_heads:
         raise UnsupportedModelError(
@@ -247,7 +306,7 @@ def head_dim(keys: Keys, key: str, hidden_size: int, num_heads: int) -> int:
     return keys.count(key, default=hidden_size // num_heads, least=1, most=MAX_HEAD_DIM)
 
 
-def vocab_size(keys: Keys, shapes: Mapping[str, tuple[int, ...]], embedding: str, hidden_size: int) -> int:
+def _vocab_size(keys: Keys, shapes: Mapping[str, tuple[int, ...]], embedding: str, hidden_size: int) -> int:
     """The rows of the embedding, which a `vocab_size` must name."""
     embed = shapes.get(embedding)
     if embed is None or len(embed) != 2:
@@ -265,22 +324,26 @@ def experts_from_gguf(keys: Keys) -> tuple[int, int]:
     return count, keys.count("expert_used_count", least=1) if count else 0
 
 
-def windows(window: int, context: int, layers: int, slides: Callable[[int], bool] = lambda _: True) -> tuple[int, ...]:
+def window_from_config(keys: Keys) -> int:
+    """What config.json says of a window; 0: there is none."""
+    return 0 if keys.get("sliding_window") is None else keys.count("sliding_window", least=1)
+
+
+def windows(sizes: Sizes, window: int, slides: Callable[[int], bool] = lambda _: True) -> tuple[int, ...]:
     """Of each layer the positions that it attends: `window` where it slides, 0 for all. A window as long as the context
     hides nothing."""
-    if not window or window >= context or not any(map(slides, range(layers))):
-        return ()
-    return sliding(window, layers, slides)
+    found = sliding(sizes, window, slides)
+    return found if any(found) and window < sizes["max_position"] else ()
 
 
-def sliding(window: int, layers: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
+def sliding(sizes: Sizes, window: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
     """The same of a family whose layers with a window differ from the others in more than that."""
-    return tuple(window if slides(i) else 0 for i in range(layers))
+    return tuple(window if slides(i) else 0 for i in range(sizes["num_layers"]))
 
 
-def sliding_layers(keys: Keys, layers: int, default: Callable[[int], bool]) -> Callable[[int], bool]:
+def sliding_layers(keys: Keys, sizes: Sizes, default: Callable[[int], bool]) -> Callable[[int], bool]:
     """Which layers slide by config.json's `layer_types`, or by `default` where it has none."""
-    kinds = keys.get("layer_types")
+    kinds, layers = keys.get("layer_types"), sizes["num_layers"]
     if kinds is None:
         return default
     known = ("sliding_attention", "full_attention")

@@ -83,45 +83,30 @@ def from_gemma3_config(description: Description) -> Blueprint:
 
 def _from_gguf(description: Description, family: str, *, every: int) -> Blueprint:
     """`every` so many layers one has no window."""
-    shapes = description.shapes
     keys = Keys(description.config, prefix=f"{family}.")
-    decoder.need_neutral(
-        keys, decoder.GGUF_NEUTRAL, "rope.scaling.attn_factor", "attn_logit_softcapping", "final_logit_softcapping"
-    )
-    num_layers = decoder.num_layers(keys, "block_count", shapes)
-    hidden_size = keys.count("embedding_length", least=1)
-    num_heads = keys.count("attention.head_count", least=1)
-    head_dim = decoder.head_dim(keys, "attention.key_length", hidden_size, num_heads)
-    keys.neutral("attention.value_length", head_dim)
+    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "attn_logit_softcapping", "final_logit_softcapping")
+    sizes = decoder.sizes_from_gguf(keys, description)
+    head_dim, hidden_size = sizes["head_dim"], sizes["hidden_size"]
     keys.neutral("rope.dimension_count", head_dim)
     keys.neutral("attention.sliding_window_pattern", every)
-    context = keys.count("context_length")
+    largest = sizes["num_layers"] == _LARGEST_LAYERS[family]
     third = family == "gemma3"
     whole_rope = rope.from_gguf(keys, head_dim, None, default_theta=1e6 if third else rope.DEFAULT_THETA)
     local_theta = keys.positive("rope.freq_base_swa", default=_LOCAL_THETA)
     spec = DecoderSpec(
         family=family,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("attention.head_count_kv", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("feed_forward_length"),
-        vocab_size=decoder.vocab_size(keys, shapes, GGUF_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("attention.layer_norm_rms_epsilon"),
+        **sizes,
         rope=whole_rope,
         activation="gelu_tanh",
-        tie_embeddings=GGUF_NAMES["head"] not in shapes,
         qk_norm=third,
         post_norms=True,
         embedding_scale=math.sqrt(hidden_size),
-        attention_scale=(hidden_size / num_heads if num_layers == _LARGEST_LAYERS[family] else head_dim) ** -0.5,
+        attention_scale=(hidden_size / sizes["num_heads"] if largest else head_dim) ** -0.5,
         # What llama.cpp takes where a file of the second says nothing.
         attention_softcap=_softcap(keys, "attn_logit_softcapping", default=0.0 if third else 50.0),
         final_softcap=_softcap(keys, "final_logit_softcapping", default=0.0 if third else 30.0),
         windows=decoder.sliding(
-            keys.count("attention.sliding_window", least=1), num_layers, lambda layer: (layer + 1) % every != 0
+            sizes, keys.count("attention.sliding_window", least=1), lambda layer: (layer + 1) % every != 0
         ),
         local_rope=RopeSpec(theta=local_theta, dim=head_dim) if third else None,
     )
@@ -129,43 +114,30 @@ def _from_gguf(description: Description, family: str, *, every: int) -> Blueprin
 
 
 def _from_config(description: Description, config: Mapping[str, object], family: str, *, every: int) -> Blueprint:
-    shapes = description.shapes
     keys = Keys(config)
     decoder.need_float_causal_lm(keys)
     decoder.need_neutral(keys, decoder.CONFIG_NEUTRAL, "layer_types", "hidden_act")
     keys.neutral("hidden_activation", "gelu_pytorch_tanh")
     keys.neutral("use_bidirectional_attention", False)
-    num_layers = decoder.num_layers(keys, "num_hidden_layers", shapes)
-    hidden_size = keys.count("hidden_size", least=1)
-    num_heads = keys.count("num_attention_heads", least=1)
-    head_dim = decoder.head_dim(keys, "head_dim", hidden_size, num_heads)
-    context = keys.count("max_position_embeddings")
+    sizes = decoder.sizes_from_config(keys, description, tied=True)
+    head_dim = sizes["head_dim"]
     third = family == "gemma3"
     whole_rope, local_rope = _ropes(config, head_dim) if third else (rope.from_huggingface(config, head_dim), None)
     spec = DecoderSpec(
         family=family,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("num_key_value_heads", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("intermediate_size"),
-        vocab_size=decoder.vocab_size(keys, shapes, _HUGGINGFACE_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("rms_norm_eps"),
+        **sizes,
         rope=whole_rope,
         activation="gelu_tanh",
-        tie_embeddings=decoder.is_tied(keys, description, default=True),
         qk_norm=third,
         post_norms=True,
-        embedding_scale=math.sqrt(hidden_size),
+        embedding_scale=math.sqrt(sizes["hidden_size"]),
         attention_scale=keys.positive("query_pre_attn_scalar") ** -0.5,
         attention_softcap=_softcap(keys, "attn_logit_softcapping"),
         final_softcap=_softcap(keys, "final_logit_softcapping"),
         windows=decoder.sliding(
+            sizes,
             keys.count("sliding_window", least=1),
-            num_layers,
-            decoder.sliding_layers(keys, num_layers, lambda layer: (layer + 1) % every != 0),
+            decoder.sliding_layers(keys, sizes, lambda layer: (layer + 1) % every != 0),
         ),
         local_rope=local_rope,
     )

@@ -58,14 +58,10 @@ def from_gguf(description: Description) -> Blueprint:
     """See `registry.Reader`."""
     shapes = description.shapes
     keys = Keys(description.config, prefix="llama.")
-    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "rope.scaling.attn_factor", "expert_count")
-    num_layers = decoder.num_layers(keys, "block_count", shapes)
-    hidden_size = keys.count("embedding_length", least=1)
-    num_heads = keys.count("attention.head_count", least=1)
-    head_dim = decoder.head_dim(keys, "attention.key_length", hidden_size, num_heads)
-    keys.neutral("attention.value_length", head_dim)
+    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "expert_count")
+    sizes = decoder.sizes_from_gguf(keys, description)
+    head_dim = sizes["head_dim"]
     keys.neutral("rope.dimension_count", head_dim)
-    context = keys.count("context_length")
     num_experts, experts_per_token = decoder.experts_from_gguf(keys)
     has_factors = _ROPE_FREQS in shapes
     if has_factors and shapes[_ROPE_FREQS] != (head_dim // 2,):  # before it is read
@@ -74,18 +70,9 @@ def from_gguf(description: Description) -> Blueprint:
         )
     spec = DecoderSpec(
         family="llama",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("attention.head_count_kv", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("feed_forward_length"),
-        vocab_size=decoder.vocab_size(keys, shapes, GGUF_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("attention.layer_norm_rms_epsilon"),
+        **sizes,
         rope=rope.from_gguf(keys, head_dim, description.vector(_ROPE_FREQS) if has_factors else None),
-        tie_embeddings=GGUF_NAMES["head"] not in shapes,
-        windows=decoder.windows(keys.count("attention.sliding_window", default=0), context, num_layers),
+        windows=decoder.windows(sizes, keys.count("attention.sliding_window", default=0)),
         num_experts=num_experts,
         experts_per_token=experts_per_token,
     )
@@ -113,31 +100,16 @@ def _from_config(
     description: Description, config: Mapping[str, object], *, names: Mapping[str, str] = HUGGINGFACE_NAMES
 ) -> Blueprint:
     """`config` is config.json with transformers' defaults for what it leaves out; null is not left out."""
-    shapes = description.shapes
     keys = Keys(config)
     decoder.need_float_causal_lm(keys)
     has_experts = names is _MIXTRAL_NAMES
     decoder.need_neutral(keys, decoder.CONFIG_NEUTRAL, *(("num_local_experts",) if has_experts else ()))
-    num_layers = decoder.num_layers(keys, "num_hidden_layers", shapes)
-    hidden_size = keys.count("hidden_size", least=1)
-    num_heads = keys.count("num_attention_heads", least=1)
-    head_dim = decoder.head_dim(keys, "head_dim", hidden_size, num_heads)
-    context = keys.count("max_position_embeddings")
-    window = 0 if keys.get("sliding_window") is None else keys.count("sliding_window", least=1)
+    sizes = decoder.sizes_from_config(keys, description)
     spec = DecoderSpec(
         family="llama",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("num_key_value_heads", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("intermediate_size"),
-        vocab_size=decoder.vocab_size(keys, shapes, HUGGINGFACE_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("rms_norm_eps"),
-        rope=rope.from_huggingface(config, head_dim),
-        tie_embeddings=decoder.is_tied(keys, description),
-        windows=decoder.windows(window, context, num_layers),
+        **sizes,
+        rope=rope.from_huggingface(config, sizes["head_dim"]),
+        windows=decoder.windows(sizes, decoder.window_from_config(keys)),
         num_experts=keys.count("num_local_experts", least=1) if has_experts else 0,
         experts_per_token=keys.count("num_experts_per_tok", least=1) if has_experts else 0,
     )

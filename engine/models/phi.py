@@ -33,13 +33,9 @@ def from_gguf(description: Description) -> Blueprint:
     """See `registry.Reader`."""
     shapes = description.shapes
     keys = Keys(description.config, prefix="phi3.")
-    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "rope.scaling.attn_factor")
-    num_layers = decoder.num_layers(keys, "block_count", shapes)
-    hidden_size = keys.count("embedding_length", least=1)
-    num_heads = keys.count("attention.head_count", least=1)
-    head_dim = decoder.head_dim(keys, "attention.key_length", hidden_size, num_heads)
-    keys.neutral("attention.value_length", head_dim)
-    context = keys.count("context_length")
+    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL)
+    sizes = decoder.sizes_from_gguf(keys, description)
+    head_dim = sizes["head_dim"]
     turned = keys.count("rope.dimension_count", default=head_dim, least=2, most=head_dim)
     factors = frozenset({_LONG, _SHORT} & shapes.keys())
     if len(factors) == 1:
@@ -53,25 +49,16 @@ def from_gguf(description: Description) -> Blueprint:
         turn = rope.from_gguf(keys, turned, None)
     spec = DecoderSpec(
         family="phi3",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("attention.head_count_kv", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("feed_forward_length"),
-        vocab_size=decoder.vocab_size(keys, shapes, GGUF_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("attention.layer_norm_rms_epsilon"),
+        **sizes,
         rope=turn,
-        tie_embeddings=GGUF_NAMES["head"] not in shapes,
-        windows=decoder.windows(keys.count("attention.sliding_window", default=0), context, num_layers),
+        windows=decoder.windows(sizes, keys.count("attention.sliding_window", default=0)),
     )
     return Blueprint(spec, decoder.recipes(spec, GGUF_NAMES, fused=True), factors)
 
 
 def from_config(description: Description) -> Blueprint:
     """See `registry.Reader`."""
-    shapes, config = description.shapes, {**_DEFAULTS, **description.config}
+    config = {**_DEFAULTS, **description.config}
     keys = Keys(config)
     for name in ("rope_scaling", "rope_parameters"):
         table = keys.table(name)
@@ -82,26 +69,12 @@ def from_config(description: Description) -> Blueprint:
             config[name] = table
     decoder.need_float_causal_lm(keys)
     decoder.need_neutral(keys, decoder.CONFIG_NEUTRAL)
-    num_layers = decoder.num_layers(keys, "num_hidden_layers", shapes)
-    hidden_size = keys.count("hidden_size", least=1)
-    num_heads = keys.count("num_attention_heads", least=1)
-    head_dim = decoder.head_dim(keys, "head_dim", hidden_size, num_heads)
-    context = keys.count("max_position_embeddings")
-    window = 0 if keys.get("sliding_window") is None else keys.count("sliding_window", least=1)
+    sizes = decoder.sizes_from_config(keys, description)
     spec = DecoderSpec(
         family="phi3",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("num_key_value_heads", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("intermediate_size"),
-        vocab_size=decoder.vocab_size(keys, shapes, HUGGINGFACE_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("rms_norm_eps"),
-        rope=rope.from_huggingface(config, head_dim, partial=True),
-        tie_embeddings=decoder.is_tied(keys, description),
-        windows=decoder.windows(window, context, num_layers),
+        **sizes,
+        rope=rope.from_huggingface(config, sizes["head_dim"], partial=True),
+        windows=decoder.windows(sizes, decoder.window_from_config(keys)),
     )
     recipes = decoder.recipes(spec, HUGGINGFACE_NAMES, fused=True)
     return Blueprint(spec, recipes, decoder.ignored_in_folder(spec, description))

@@ -76,33 +76,20 @@ def from_qwen3_moe_config(description: Description) -> Blueprint:
 
 
 def _from_gguf(description: Description, family: str, *, normed: bool) -> Blueprint:
-    shapes = description.shapes
     keys = Keys(description.config, prefix=f"{family}.")
-    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "rope.scaling.attn_factor", "expert_count")
-    num_layers = decoder.num_layers(keys, "block_count", shapes)
-    hidden_size = keys.count("embedding_length", least=1)
-    num_heads = keys.count("attention.head_count", least=1)
-    head_dim = decoder.head_dim(keys, "attention.key_length", hidden_size, num_heads)
-    keys.neutral("attention.value_length", head_dim)
-    keys.neutral("rope.dimension_count", head_dim)
+    decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "expert_count")
+    has_experts = family == "qwen3moe"
+    width = "expert_feed_forward_length" if has_experts else "feed_forward_length"
+    sizes = decoder.sizes_from_gguf(keys, description, intermediate=width)
+    keys.neutral("rope.dimension_count", sizes["head_dim"])
     keys.neutral("attention.sliding_window", 0)  # no file says which layers it is of
-    context = keys.count("context_length")
     num_experts, experts_per_token = decoder.experts_from_gguf(keys)
-    if (num_experts > 0) != (family == "qwen3moe"):
-        raise keys.error("expert_count", "at least 1" if family == "qwen3moe" else "absent or 0")
+    if (num_experts > 0) != has_experts:
+        raise keys.error("expert_count", "at least 1" if has_experts else "absent or 0")
     spec = DecoderSpec(
         family=family,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("attention.head_count_kv", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("expert_feed_forward_length" if num_experts else "feed_forward_length"),
-        vocab_size=decoder.vocab_size(keys, shapes, GGUF_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("attention.layer_norm_rms_epsilon"),
-        rope=rope.from_gguf(keys, head_dim, None),
-        tie_embeddings=GGUF_NAMES["head"] not in shapes,
+        **sizes,
+        rope=rope.from_gguf(keys, sizes["head_dim"], None),
         qkv_bias=not normed,
         qk_norm=normed,
         num_experts=num_experts,
@@ -114,7 +101,6 @@ def _from_gguf(description: Description, family: str, *, normed: bool) -> Bluepr
 def _from_config(
     description: Description, family: str, config: Mapping[str, object], *, normed: bool, has_experts: bool = False
 ) -> Blueprint:
-    shapes = description.shapes
     keys = Keys(config)
     decoder.need_float_causal_lm(keys)
     # Qwen 2 has its biases whatever a file says of them.
@@ -123,33 +109,20 @@ def _from_config(
         keys.neutral("decoder_sparse_step", 1)
         if keys.get("mlp_only_layers") not in (None, []):
             raise keys.error("mlp_only_layers", "empty")
-    num_layers = decoder.num_layers(keys, "num_hidden_layers", shapes)
-    hidden_size = keys.count("hidden_size", least=1)
-    num_heads = keys.count("num_attention_heads", least=1)
-    head_dim = decoder.head_dim(keys, "head_dim", hidden_size, num_heads)
-    context = keys.count("max_position_embeddings")
-    slides = keys.flag("use_sliding_window", default=False) and keys.get("sliding_window") is not None
+    width = "moe_intermediate_size" if has_experts else "intermediate_size"
+    sizes = decoder.sizes_from_config(keys, description, intermediate=width)
+    slides = keys.flag("use_sliding_window", default=False)
     first = keys.count("max_window_layers")
     spec = DecoderSpec(
         family=family,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("num_key_value_heads", default=num_heads, least=1),
-        head_dim=head_dim,
-        intermediate_size=keys.count("moe_intermediate_size" if has_experts else "intermediate_size"),
-        vocab_size=decoder.vocab_size(keys, shapes, HUGGINGFACE_NAMES["embed"], hidden_size),
-        max_position=context,
-        norm_eps=keys.positive("rms_norm_eps"),
-        rope=rope.from_huggingface(config, head_dim),
-        tie_embeddings=decoder.is_tied(keys, description),
+        **sizes,
+        rope=rope.from_huggingface(config, sizes["head_dim"]),
         qkv_bias=not normed,
         qk_norm=normed,
         windows=decoder.windows(
-            keys.count("sliding_window", least=1) if slides else 0,
-            context,
-            num_layers,
-            decoder.sliding_layers(keys, num_layers, lambda layer: layer >= first),
+            sizes,
+            decoder.window_from_config(keys) if slides else 0,
+            decoder.sliding_layers(keys, sizes, lambda layer: layer >= first),
         ),
         num_experts=keys.count("num_experts", least=1) if has_experts else 0,
         experts_per_token=keys.count("num_experts_per_tok", least=1) if has_experts else 0,
