@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.tiny_gguf import TinyLlama
-from tests.tiny_hf import TinyFolder
+from tests.tiny_hf import GGUF_PARTS, TinyFolder, interleaved
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -250,21 +250,13 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 _GGUF_PARTS: Mapping[str, str] = {
-    "input_layernorm": "attn_norm",
+    **GGUF_PARTS,
     "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
     "block_sparse_moe.gate": "ffn_gate_inp",
     "mlp.gate": "ffn_gate_inp",
     "mlp.gate_up_proj": "ffn_up",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
 
 _EXPERT_PARTS: Mapping[str, str] = {
@@ -332,9 +324,7 @@ def tiny_gguf(name: str, folder: TinyFolder, quant: str, *, head_dim: int) -> Ti
         stem, _, kind = theirs.rpartition(".")
         stored = values + np.float32(family.norm_plus) if values.ndim == 1 else values
         if family.gguf == "llama" and (".q_proj" in theirs or ".k_proj" in theirs):
-            # Lane (half j, i) of a head becomes lane 2i + j.
-            split = values.reshape(len(values) // head_dim, 2, -1, values.shape[1])
-            stored = np.ascontiguousarray(split.transpose(0, 2, 1, 3).reshape(values.shape))
+            stored = interleaved(values, head_dim)
         model.tensors[f"{names[stem]}.{kind}"] = stored
     for name_of_all, each in experts.items():
         model.tensors[name_of_all] = np.stack(each)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny_gguf import CHAT_TEMPLATE, SPECIAL_TOKENS, VOCAB, TinyLlama
 
-_GGUF_PARTS: Mapping[str, str] = {
+GGUF_PARTS: Mapping[str, str] = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -140,16 +140,18 @@ class TinyFolder:
         names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
         names["lm_head.weight"] = "output.weight"
         for i in range(layers):
-            for theirs, ours in _GGUF_PARTS.items():
+            for theirs, ours in GGUF_PARTS.items():
                 names[f"model.layers.{i}.{theirs}.weight"] = f"blk.{i}.{ours}.weight"
         for name, values in self.tensors.items():
-            stored = values
-            if "q_proj" in name or "k_proj" in name:
-                # Lane (half j, i) of a head becomes lane 2i + j.
-                split = values.reshape(heads if "q_proj" in name else kv_heads, 2, -1, values.shape[1])
-                stored = np.ascontiguousarray(split.transpose(0, 2, 1, 3).reshape(values.shape))
-            model.tensors[names[name]] = stored
+            turned = "q_proj" in name or "k_proj" in name
+            model.tensors[names[name]] = interleaved(values, sizes["head_dim"]) if turned else values
         return model
+
+
+def interleaved(values: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+    """Query or key rows as GGUF's llama stores them: lane (half j, i) of a head becomes lane 2i + j."""
+    split = values.reshape(len(values) // head_dim, 2, -1, values.shape[1])
+    return np.ascontiguousarray(split.transpose(0, 2, 1, 3).reshape(values.shape))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, NDArray[np.generic]]]) -> None:

@@ -9,8 +9,8 @@ from importlib import resources
 import msgspec
 
 
-class CatalogPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One piece of a file, in a wheel of its own."""
+class CatalogFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file in a wheel."""
 
     distribution: str
     version: str
@@ -21,22 +21,19 @@ class CatalogPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     wheel_sha256: str
 
 
-class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model of `catalog.toml`: what it is, and where its one file comes from."""
+class CatalogEntry(CatalogFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model of `catalog.toml`: what it is, and where its one file comes from.
+
+    With `parts` it is what they are one after another, `file` only a name, and `wheel_bytes` of all their wheels.
+    """
 
     name: str
     description: str
     license: str
     parameters: int
     format: str  # as "Q4_1 GGUF"
-    distribution: str
-    version: str
-    file: str  # its path inside the wheel; of one in parts, its name
-    file_bytes: int
-    file_sha256: str
-    wheel_bytes: int  # of all parts' wheels
-    wheel_sha256: str = ""  # none where there are parts
-    parts: tuple[CatalogPart, ...] = ()
+    wheel_sha256: str = ""  # none of a file in parts
+    parts: tuple[CatalogFile, ...] = ()
     generation: dict[str, float] = {}  # as ModelInfo.generation_defaults, over what the checkpoint says itself
 
 

