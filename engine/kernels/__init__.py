@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from engine.config import ISAS, requested_isa
 from engine.errors import ConfigError
-from engine.kernels.batch import Program, Weights
+from engine.kernels.batch import EncoderProgram, Program, Weights
 from engine.kernels.native import NativeProgram, build
-from engine.models.spec import DecoderSpec
+from engine.models.spec import DecoderSpec, EncoderSpec
 
-__all__ = ["available_isas", "create_program", "select_isa"]
+__all__ = ["available_isas", "create_encoder", "create_program", "select_isa"]
 
 
 def available_isas() -> tuple[str, ...]:
@@ -54,6 +54,23 @@ def create_program(
 
         return ReferenceProgram(spec, weights, num_blocks=num_blocks, kv_dtype=kv_dtype)
     return NativeProgram(spec, weights, num_blocks=num_blocks, threads=threads, isa=chosen, kv_dtype=kv_dtype)
+
+
+def create_encoder(
+    spec: EncoderSpec, weights: Weights, *, max_tokens: int, threads: int = 1, isa: str = "auto"
+) -> EncoderProgram:
+    """Compile `spec` and its packed weights for `isa`, for batches of up to `max_tokens` tokens.
+
+    The weights are used where they lie and must stay there until `close`. Raises as `create_program`.
+    """
+    chosen = select_isa(isa)
+    if chosen == "reference":
+        from engine.kernels.reference_encoder import ReferenceEncoder  # numpy at length: only where asked for
+
+        return ReferenceEncoder(spec, weights, max_tokens=max_tokens)
+    from engine.kernels.native_encoder import NativeEncoder  # most engines have no encoder
+
+    return NativeEncoder(spec, weights, max_tokens=max_tokens, threads=threads, isa=chosen)
 
 
 def _executable(isa: str) -> bool:

@@ -88,6 +88,38 @@ class StepBatch:
     causal: bool = True
 
 
+@dataclass(slots=True, frozen=True)
+class TextBatch:
+    """T tokens of N whole texts, flat: text n owns tokens starts[n] to starts[n + 1]."""
+
+    token_ids: Int32  # [T]
+    types: Int32  # [T], 1 for the tokens of a second text beside the first one
+    starts: Int32  # [N + 1]
+    out: Float32  # out [N, EncoderSpec.output_size], embeddings or logits
+
+
+class EncoderProgram(Protocol):
+    """An EncoderSpec and its packed weights, compiled for one instruction set. One batch at a time."""
+
+    max_tokens: int
+    isa: str
+
+    def begin(self, batch: TextBatch) -> None:
+        """Take a batch, of at most `max_tokens` tokens, in place of one that is not done.
+
+        Raises ValueError for arrays of the wrong shape or values out of range; the batch before it goes on then.
+        """
+        ...
+
+    def run(self, layers: int) -> bool:
+        """Compute the next `layers` layers of the batch; True once its `out` is written."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory. Idempotent."""
+        ...
+
+
 class Program(Protocol):
     """A DecoderSpec and its packed weights, compiled for one instruction set, with the KV memory it writes."""
 
@@ -114,4 +146,4 @@ class Program(Protocol):
 
 
 Weights = Mapping[str, PackedTensor]
-"""The tensors of `DecoderSpec.tensor_shapes`, by name."""
+"""The tensors of a spec's `tensor_shapes`, by name."""

@@ -14,6 +14,13 @@ _EXP_COEFFICIENTS = tuple(
     for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 
+_GELU_COEFFICIENTS = tuple(
+    np.float32(c)
+    for c in (
+        2.20249812e-5, -5.24656593e-4, 5.57081344e-3, -3.69706805e-2, 1.81960284e-1, -7.97935168e-1, -6.93144636e-1,
+    )
+)  # fmt: skip
+
 _WHOLE = np.float32(1.5 * 2**23)
 """Beside it a float32 has no bits left for fractions: adding it rounds to a whole number, ties to even."""
 
@@ -63,6 +70,19 @@ def gelu_tanh(x: Float32) -> Float32:
     (Hendrycks and Gimpel, 2016)."""
     inner = fma(x * x * x, np.float32(0.044715), x)
     result: Float32 = x / (1 + exp(inner * np.float32(-1.59576912160573)))
+    return result
+
+
+def gelu(x: Float32) -> Float32:
+    """x times the share of the normal distribution that lies below x, within 5e-7: the share beyond |x| is
+    e**(q - x**2 / 2), q a polynomial fitted to the logarithm of the scaled complement of the error function."""
+    size = np.abs(x)
+    near = np.minimum(size, np.float32(6))
+    q = np.full_like(near, _GELU_COEFFICIENTS[0])
+    for coefficient in _GELU_COEFFICIENTS[1:]:
+        q = fma(q, near, coefficient)
+    beyond = exp(np.maximum(fma(size * np.float32(-0.5), size, q), np.float32(-87)))
+    result: Float32 = x * np.where(x < 0, beyond, np.float32(1) - beyond)
     return result
 
 

@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.batch import SamplingArrays, StepBatch, Weights
+from engine.kernels.batch import SamplingArrays, StepBatch, TextBatch, Weights
 from engine.kernels.layout import PackedTensor
-from engine.models.spec import DecoderSpec
+from engine.models.spec import DecoderSpec, EncoderSpec
 
 _INF = np.float32(np.inf)
 _FLOAT32, _INT32, _UINT8 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.uint8)
 _UINT32, _UINT64 = np.dtype(np.uint32), np.dtype(np.uint64)
 
 
-def check_weights(spec: DecoderSpec, weights: Weights) -> None:
+def check_weights(spec: DecoderSpec | EncoderSpec, weights: Weights) -> None:
     """Raise ValueError unless `weights` holds exactly the tensors of `spec`, each with its shape and data."""
     shapes = spec.tensor_shapes()
     if missing := sorted(shapes.keys() - weights.keys()):
@@ -71,6 +71,31 @@ def check_batch(spec: DecoderSpec, batch: StepBatch, num_blocks: int, previous_r
         _check_output("hidden", batch.hidden, (num_rows, spec.hidden_size))
     if batch.sampling is not None:
         _check_sampling(batch.sampling, num_rows, spec.vocab_size)
+
+
+def check_texts(spec: EncoderSpec, batch: TextBatch, max_tokens: int) -> None:
+    """Raise ValueError, with what was expected and what came, unless `batch` can be computed as it stands."""
+    num_tokens, num_texts = batch.token_ids.size, batch.starts.size - 1
+    if not 1 <= num_tokens <= max_tokens or num_texts < 1:
+        raise ValueError(
+            f"a batch needs 1 to {max_tokens} tokens and at least 1 text, got {num_tokens} and {num_texts}"
+        )
+    _check_array("token_ids", batch.token_ids, _INT32, (num_tokens,))
+    _check_range("token_ids", batch.token_ids, 0, spec.vocab_size)
+    _check_array("types", batch.types, _INT32, (num_tokens,))
+    _check_range("types", batch.types, 0, spec.num_types)
+    _check_array("starts", batch.starts, _INT32, (num_texts + 1,))
+    lengths = np.diff(batch.starts)
+    if not (
+        batch.starts[0] == 0
+        and batch.starts[-1] == num_tokens
+        and ((lengths >= 1) & (lengths <= spec.max_position)).all()
+    ):
+        raise ValueError(
+            f"starts: expected to rise from 0 to {num_tokens} by 1 to {spec.max_position} each, "
+            f"got {batch.starts.tolist()}"
+        )
+    _check_output("out", batch.out, (num_texts, spec.output_size))
 
 
 def check_copies(pairs: NDArray[Any], num_blocks: int) -> None:

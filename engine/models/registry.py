@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from engine.errors import UnsupportedModelError
-from engine.models import gemma, llama, phi, qwen
+from engine.models import bert, gemma, llama, phi, qwen
 from engine.models.blueprint import Blueprint, Description
 from engine.models.keys import shown
 
-Reader = Callable[[Description], Blueprint]
+Reader = Callable[[Description], Blueprint[Any]]
 """Raises UnsupportedModelError for whatever would make the answer differ from the checkpoint's own."""
 
 GGUF_FAMILIES: Mapping[str, Reader] = {
@@ -33,16 +34,19 @@ HUGGINGFACE_FAMILIES: Mapping[str, Reader] = {
     "gemma2": gemma.from_gemma2_config,
     "gemma3_text": gemma.from_gemma3_config,
     "phi3": phi.from_config,
+    "bert": bert.from_bert_config,
+    "roberta": bert.from_roberta_config,
+    "xlm-roberta": bert.from_xlm_roberta_config,
 }
 """By config.json's `model_type`."""
 
 
-def read_gguf(description: Description) -> Blueprint:
+def read_gguf(description: Description) -> Blueprint[Any]:
     """The blueprint of a GGUF file. Raises UnsupportedModelError for a family that we do not load."""
     return _reader(GGUF_FAMILIES, "general.architecture", description)(description)
 
 
-def read_huggingface(description: Description) -> Blueprint:
+def read_huggingface(description: Description) -> Blueprint[Any]:
     """The blueprint of a Hugging Face folder. Raises UnsupportedModelError for a family that we do not load."""
     return _reader(HUGGINGFACE_FAMILIES, "model_type", description)(description)
 

@@ -1,14 +1,24 @@
-"""What a decoder IS, as data. Kernels and weights know only this, never a family's name."""
+"""What a model IS, as data. Kernels and weights know only this, never a family's name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    Spec = TypeVar("Spec", bound="DecoderSpec | EncoderSpec", default="DecoderSpec")
+else:
+    from typing import TypeVar
+
+    Spec = TypeVar("Spec")
 
 GROUP_SIZE = 32
 """Inputs per quantization group; every projection's input size is a multiple of it."""
@@ -46,6 +56,9 @@ MAX_EXPERTS = 1 << 16
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 """What a gate passes through: x * sigmoid(x), or GELU with its tanh approximation."""
+
+ENCODER_ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+"""What an encoder's feed-forward passes through: "gelu" is x times the normal distribution's share below x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +98,7 @@ class DecoderSpec:
     normalize_experts: bool = True  # their weights are the softmax of their logits alone, not of all
 
     def __post_init__(self) -> None:
-        def need(ok: bool, what: str, expected: str, got: object) -> None:
-            if not ok:
-                raise UnsupportedModelError(f"{self.family}: {what} must be {expected}, the checkpoint has {got}.")
-
+        need = _Need(self.family)
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
             need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         need(self.vocab_size >= 2, "vocab_size", "at least 2", self.vocab_size)
@@ -213,11 +223,113 @@ class DecoderSpec:
         return self.num_layers * 2 * self.num_kv_heads * per_head
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What text and serving need to know of a checkpoint beside its decoder."""
+POOLINGS = ("mean", "cls")
+"""How an encoder's rows become one vector: their mean, or the first one's."""
 
-    spec: DecoderSpec
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """An encoder-only transformer: post-norm, bidirectional attention, learned positions, biases everywhere.
+
+    Its answer to a text is a vector: the pooled rows of the last layer (an embedding), or, with `num_labels`, the
+    logits of a classifier over the first row. Tensors, by name (see `tensor_shapes`); shapes are [outputs, inputs].
+    `layers.N.qkv` is query, key and value rows one after another. Norms are LayerNorm.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_position: int  # tokens of a text
+    norm_eps: float
+    num_types: int = 2  # kinds of tokens: of the first text, of a second one beside it
+    activation: str = "gelu"  # of ENCODER_ACTIVATIONS
+    pooling: str = "mean"  # of POOLINGS
+    normalize: bool = False  # embeddings have length 1
+    num_labels: int = 0  # logits of the classifier; 0: there is none
+
+    def __post_init__(self) -> None:
+        need = _Need(self.family)
+        for name in ("num_layers", "num_heads", "max_position", "num_types"):
+            need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        need(self.vocab_size >= 2, "vocab_size", "at least 2", self.vocab_size)
+        need(self.num_labels >= 0, "num_labels", "at least 0", self.num_labels)
+        for name in ("hidden_size", "intermediate_size"):
+            size = getattr(self, name)
+            need(size >= 1 and size % GROUP_SIZE == 0, name, f"a multiple of {GROUP_SIZE}", size)
+        need(
+            self.hidden_size % self.num_heads == 0 and self.head_dim % LANES == 0,
+            "hidden_size / num_heads",
+            f"a multiple of {LANES}",
+            f"{self.hidden_size} / {self.num_heads}",
+        )
+        need(0 < self.norm_eps < 1, "norm_eps", "between 0 and 1", self.norm_eps)
+        need(
+            self.activation in ENCODER_ACTIVATIONS, "activation", " or ".join(ENCODER_ACTIVATIONS), self.activation
+        )
+        need(self.pooling in POOLINGS, "pooling", " or ".join(POOLINGS), self.pooling)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def output_size(self) -> int:
+        """Numbers in the answer to one text."""
+        return self.num_labels or self.hidden_size
+
+    def query_scale(self) -> float:
+        """What queries are multiplied by, a float32."""
+        return float(np.float32(1) / np.sqrt(np.float32(self.head_dim)))
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor a packed checkpoint of this spec holds. One-dimensional ones are float32, the rest packed."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "embed": (self.vocab_size, hidden),
+            "positions": (self.max_position, hidden),
+            "types": (self.num_types, hidden),
+            "embed_norm": (hidden,),
+            "embed_norm_bias": (hidden,),
+        }
+        for i in range(self.num_layers):
+            for name, outputs, inputs in (
+                ("qkv", 3 * hidden, hidden),
+                ("o", hidden, hidden),
+                ("up", inner, hidden),
+                ("down", hidden, inner),
+            ):
+                shapes[f"layers.{i}.{name}"] = (outputs, inputs)
+                shapes[f"layers.{i}.{name}_bias"] = (outputs,)
+            for name in ("attn_norm", "ffn_norm"):
+                shapes[f"layers.{i}.{name}"] = (hidden,)
+                shapes[f"layers.{i}.{name}_bias"] = (hidden,)
+        if self.num_labels:
+            shapes["pooler"] = (hidden, hidden)
+            shapes["pooler_bias"] = (hidden,)
+            shapes["classifier"] = (self.num_labels, hidden)
+            shapes["classifier_bias"] = (self.num_labels,)
+        return shapes
+
+
+class _Need:
+    """Raises UnsupportedModelError, with what was expected and what the checkpoint has, unless something holds."""
+
+    def __init__(self, family: str) -> None:
+        self._family = family
+
+    def __call__(self, ok: bool, what: str, expected: str, got: object) -> None:
+        if not ok:
+            raise UnsupportedModelError(f"{self._family}: {what} must be {expected}, the checkpoint has {got}.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo(Generic[Spec]):
+    """What text and serving need to know of a checkpoint beside its weights."""
+
+    spec: Spec
     tokenizer_json: str  # serialized `tokenizers.Tokenizer`
     chat_template: str | None
     bos_token_id: int | None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import FormatError
-from engine.models.blueprint import Blueprint, Description
+from engine.models.blueprint import Blueprint, Description, Modules
 from engine.weights.gguf_tokenizer import TokenizerInfo
 from engine.weights.tensor_types import FLOAT_TYPES
 
@@ -57,8 +57,8 @@ class Checkpoint(Protocol):
     @property
     def tensors(self) -> Mapping[str, StoredTensor]: ...
 
-    def blueprint(self) -> Blueprint:
-        """The decoder, and how its tensors are put together. Raises UnsupportedModelError or FormatError."""
+    def blueprint(self) -> Blueprint[Any]:
+        """The model, and how its tensors are put together. Raises UnsupportedModelError or FormatError."""
         ...
 
     def text(self) -> TokenizerInfo:
@@ -100,10 +100,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GgufCheckpoint(path)
 
 
-def describe(checkpoint: Checkpoint, config: Mapping[str, object]) -> Description:
+def describe(
+    checkpoint: Checkpoint, config: Mapping[str, object], modules: Callable[[], Modules | None] = lambda: None
+) -> Description:
     """What a family's file is given of a checkpoint."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    return Description(config, shapes, partial(read_vector, checkpoint), partial(stored_alike, checkpoint))
+    return Description(config, shapes, partial(read_vector, checkpoint), partial(stored_alike, checkpoint), modules)
 
 
 def stored_alike(checkpoint: Checkpoint, first: str, second: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ MAX_BF16 = (2 - 2**-7) * 2.0**127
 """The largest finite bfloat16."""
 
 
-def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple[ModelInfo, list[TensorWriter]]:
+def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple[ModelInfo[Any], list[TensorWriter]]:
     """What `checkpoint` holds, and its tensors ready to be packed (their bytes are read when a chunk is asked for).
 
     `quantization` says what becomes of float matrices: "none" (the same as None where all of them are float) keeps
@@ -57,7 +58,7 @@ def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple
         raise FormatError(
             f"the tokenizer has {text.vocab_size} tokens, the embedding {spec.vocab_size} rows", path=checkpoint.path
         )
-    info = ModelInfo(
+    info: ModelInfo[Any] = ModelInfo(
         spec=spec,
         tokenizer_json=text.tokenizer_json,
         chat_template=text.chat_template,

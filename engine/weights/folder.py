@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from engine.weights.checkpoint import describe
 from engine.weights.generation import defaults_from_config
 from engine.weights.gguf_tokenizer import TokenizerInfo
 from engine.weights.hf_tokenizer import read_tokenizer_folder
+from engine.weights.modules import MODULE_FILES, read_modules
 from engine.weights.safetensors import SafeTensor, SafetensorsFile
 from engine.weights.strict_json import read_object
 
@@ -34,6 +37,7 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    *MODULE_FILES,
 )
 """What is read of a folder beside its weights, where it is there."""
 
@@ -63,8 +67,8 @@ class FolderCheckpoint:
             self._files = files.pop_all()
         self.tensors: Mapping[str, SafeTensor] = {name: shard.tensors[name] for name, shard in self._shard_of.items()}
 
-    def blueprint(self) -> Blueprint:
-        return read_huggingface(describe(self, self._config))
+    def blueprint(self) -> Blueprint[Any]:
+        return read_huggingface(describe(self, self._config, partial(read_modules, self.path)))
 
     def text(self) -> TokenizerInfo:
         return read_tokenizer_folder(self.path)
@@ -82,7 +86,8 @@ class FolderCheckpoint:
         for path in files_of(self.path):
             try:
                 with path.open("rb") as file:
-                    digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+                    name = path.relative_to(self.path).as_posix()
+                    digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
                 raise SourceError(f"cannot read {path}: {error.strerror}.") from error
         return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class GgufCheckpoint:
     def tensors(self) -> Mapping[str, GgufTensor]:
         return self._file.tensors
 
-    def blueprint(self) -> Blueprint:
+    def blueprint(self) -> Blueprint[Any]:
         metadata = self._file.metadata
         pieces = metadata.get("split.count")  # of llama.cpp's gguf-split
         if isinstance(pieces, int) and pieces > 1:

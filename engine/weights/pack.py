@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, Literal
 
 import msgspec
 import numpy as np
@@ -26,12 +27,12 @@ from numpy.typing import NDArray
 
 from engine.errors import FormatError, ModelError, SourceError
 from engine.kernels.layout import LAYOUT_VERSION, MatrixFormat, PackedTensor
-from engine.models.spec import ModelInfo
+from engine.models.spec import DecoderSpec, EncoderSpec, ModelInfo, Spec
 from engine.weights.files import free_bytes, need_space, publish, writing
 from engine.weights.progress import Progress
 
 MAGIC = b"SERAPHPK"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raise it with every change of the above or of how weights become quants: older files are packed again."""
 DATA_ALIGNMENT = 2 << 20
 TENSOR_ALIGNMENT = 64
@@ -60,9 +61,16 @@ class _Entry(msgspec.Struct, frozen=True):
     nbytes: int
 
 
-class _Header(msgspec.Struct, frozen=True):
+class _Kind(msgspec.Struct, frozen=True):
+    """What is read of a header first: it says what the rest is."""
+
+    kind: Literal["decoder", "encoder"]
+
+
+class _Header(msgspec.Struct, Generic[Spec], frozen=True):
+    kind: str
     name: str
-    info: ModelInfo
+    info: ModelInfo[Spec]
     source: Source
     tensors: tuple[_Entry, ...]
 
@@ -80,17 +88,17 @@ class TensorWriter:
     chunks: Callable[[], Iterator[NDArray[np.generic]]]
 
 
-class PackedModel:
+class PackedModel(Generic[Spec]):
     """A packed file, mapped read-only and shared with every process that maps it.
 
-    `weights` are views into the mapping, named as `DecoderSpec.tensor_shapes` names them.
+    `weights` are views into the mapping, named as its spec's `tensor_shapes` names them.
     """
 
     def __init__(
         self,
         name: str,
         path: Path,
-        info: ModelInfo,
+        info: ModelInfo[Spec],
         source: Source,
         weights: Mapping[str, PackedTensor],
         mapping: mmap.mmap,
@@ -135,7 +143,7 @@ def write_packed(
     path: Path,
     *,
     name: str,
-    info: ModelInfo,
+    info: ModelInfo[Any],
     source: Source,
     tensors: Sequence[TensorWriter],
     progress: Progress,
@@ -174,7 +182,7 @@ def write_packed(
         progress.done()
 
 
-def open_packed(path: Path, *, wanted: bool = True) -> PackedModel:
+def open_packed(path: Path, *, wanted: bool = True) -> PackedModel[Any]:
     """Map a packed file. With `wanted` its weights are read ahead; without, only its header is read.
 
     Raises SourceError where it cannot be opened, FormatError where it is damaged or of another version.
@@ -204,7 +212,7 @@ def _view(mapping: mmap.mmap, entry: _Entry) -> NDArray[np.uint8] | NDArray[np.f
 
 
 def _lay_out(
-    name: str, info: ModelInfo, source: Source, tensors: Sequence[TensorWriter]
+    name: str, info: ModelInfo[Any], source: Source, tensors: Sequence[TensorWriter]
 ) -> tuple[list[_Entry], bytes, int]:
     """Place the tensors: their entries, the encoded header, the file's size."""
 
@@ -218,7 +226,8 @@ def _lay_out(
     data_start = DATA_ALIGNMENT
     while True:
         entries = list(placed(data_start))
-        header = msgspec.msgpack.encode(_Header(name, info, source, tuple(entries)))
+        kind = "encoder" if isinstance(info.spec, EncoderSpec) else "decoder"
+        header = msgspec.msgpack.encode(_Header(kind, name, info, source, tuple(entries)))
         if _PREFIX_BYTES + len(header) <= data_start:
             return entries, header, entries[-1].offset + entries[-1].nbytes
         data_start = _round_up(_PREFIX_BYTES + len(header), DATA_ALIGNMENT)
@@ -229,7 +238,7 @@ def _prefix(header: bytes, size: int) -> bytes:
     return fixed + hashlib.sha256(fixed + header).digest()
 
 
-def _read_header(mapping: mmap.mmap, size: int, path: Path) -> _Header:
+def _read_header(mapping: mmap.mmap, size: int, path: Path) -> _Header[Any]:
     def need(ok: bool, what: str, expected: object, found: object, offset: int) -> None:
         if not ok:
             raise FormatError(f"{what}: expected {expected}, found {found}", path=path, offset=offset)
@@ -247,14 +256,17 @@ def _read_header(mapping: mmap.mmap, size: int, path: Path) -> _Header:
     actual = hashlib.sha256(fixed + header).digest()
     need(actual == checksum, "header checksum", checksum.hex(), actual.hex(), _FIXED.size)
     try:
-        decoded = msgspec.msgpack.decode(header, type=_Header)
+        kind = msgspec.msgpack.decode(header, type=_Kind).kind
+        decoded: _Header[Any] = msgspec.msgpack.decode(
+            header, type=_Header[EncoderSpec] if kind == "encoder" else _Header[DecoderSpec]
+        )
     except (msgspec.MsgspecError, ModelError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"the header cannot be decoded: {error}", path=path, offset=_PREFIX_BYTES) from error
     _check_table(decoded, size, _PREFIX_BYTES + header_bytes, path)
     return decoded
 
 
-def _check_table(header: _Header, size: int, data_start: int, path: Path) -> None:
+def _check_table(header: _Header[Any], size: int, data_start: int, path: Path) -> None:
     """Raise FormatError unless the table holds exactly the spec's tensors, inside the file and apart."""
     spec = header.info.spec
     names = [entry.name for entry in header.tensors]

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -310,9 +311,15 @@ void KvCache::write(int block, int layer, int head, int slot, const float* key, 
         return;
     }
     uint16_t *k16 = reinterpret_cast<uint16_t*>(k), *v16 = reinterpret_cast<uint16_t*>(v);
-    for (int d = 0; d < head_dim; ++d) {
-        k16[key_at(d)] = to_bf16(key[d]);
-        v16[value_at(d)] = to_bf16(value[d]);
+    // Rounded many at a time, then spread.
+    uint16_t lanes[kLanes];
+    for (int d = 0; d < head_dim; d += kLanes) {
+        store_bf16(lanes, load(key + d));
+        for (int i = 0; i < kLanes; i += 2)
+            std::memcpy(k16 + key_at(d + i), lanes + i, 2 * sizeof(uint16_t));
+        store_bf16(lanes, load(value + d));
+        for (int i = 0; i < kLanes; ++i)
+            v16[value_at(d + i)] = lanes[i];
     }
 }
 

@@ -21,19 +21,6 @@ void grow(std::vector<T>& v, int64_t size) {
 
 } // namespace
 
-void Decoder::Activations::make_room(int64_t rows, int quants, int floats) {
-    const int64_t whole = QuantRows::whole(rows), groups = quants / kGroup;
-    grow(q, whole * quants);
-    grow(scale, whole * groups);
-    grow(scaled_sum, whole * groups);
-    grow(start, whole * groups);
-    grow(values, rows * floats);
-}
-
-QuantRows Decoder::Activations::quants() {
-    return {q.data(), scale.data(), scaled_sum.data(), start.data()};
-}
-
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCache& kv, int threads)
     : shape_(shape), weights_(std::move(weights)), kv_(kv), team_(threads, 13 * shape.num_layers + 4),
       own_(static_cast<size_t>(threads)), own_phase_(static_cast<size_t>(threads)),

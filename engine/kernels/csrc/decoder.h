@@ -109,15 +109,6 @@ class Decoder {
         std::vector<int32_t> first, count; // [num_experts]
         int num_rows = 0;
     };
-    // Rows of one projection's input, in either form, and the per-thread copies that small steps make for themselves.
-    struct Activations {
-        std::vector<int8_t> q;
-        std::vector<float> scale, scaled_sum;
-        std::vector<int32_t> start;
-        std::vector<float> values;
-        void make_room(int64_t rows, int quants, int floats); // so many inputs a row in each form; never shrinks
-        QuantRows quants();
-    };
 
     void prepare(const Step& step);
     int rows_of_tile(Op op, int rows) const;

@@ -7,6 +7,23 @@
 
 namespace seraph {
 
+void Activations::make_room(int64_t rows, int quants_of_row, int floats) {
+    const auto grow = [](auto& v, int64_t size) {
+        if (static_cast<int64_t>(v.size()) < size)
+            v.resize(static_cast<size_t>(size));
+    };
+    const int64_t whole = QuantRows::whole(rows), groups = quants_of_row / kGroup;
+    grow(q, whole * quants_of_row);
+    grow(scale, whole * groups);
+    grow(scaled_sum, whole * groups);
+    grow(start, whole * groups);
+    grow(values, rows * floats);
+}
+
+QuantRows Activations::quants() {
+    return {q.data(), scale.data(), scaled_sum.data(), start.data()};
+}
+
 void quantize_group(const float* x, int k, const QuantRows& to, int row, int group) {
     const F32 a = load(x), b = load(x + kLanes);
     const float amax = reduce_max(max(abs(a), abs(b)));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace seraph {
 
@@ -48,6 +49,16 @@ struct QuantRows {
 struct InputRows {
     QuantRows quants;
     const float* values; // [rows, k], what a matrix of bfloat16 reads
+};
+
+// Rows of one projection's input, in either form, that grow as steps need them.
+struct Activations {
+    std::vector<int8_t> q;
+    std::vector<float> scale, scaled_sum;
+    std::vector<int32_t> start;
+    std::vector<float> values;
+    void make_room(int64_t rows, int quants, int floats); // so many inputs a row in each form; never shrinks
+    QuantRows quants();
 };
 
 // 32 values x into group `group` of row `row` of `to`, whose rows have k values.

@@ -25,6 +25,7 @@
 
 #include "check.h"
 #include "decoder.h"
+#include "encoder.h"
 #include "matmul.h"
 #include "probe.h"
 #include "sampler.h"
@@ -285,6 +286,111 @@ class Program {
     std::vector<int32_t> previous_;
 };
 
+class EncoderProgram {
+  public:
+    // Tensors by the names of EncoderSpec.tensor_shapes.
+    EncoderProgram(const EncoderShape& shape, const std::map<std::string, Floats>& vectors,
+                   const std::map<std::string, PackedMatrix>& matrices, int max_tokens, Team& team)
+        : shape_(shape), max_tokens_(max_tokens) {
+        for (const auto& [name, vector] : vectors)
+            vectors_.push_back(vector);
+        for (const auto& [name, packed] : matrices)
+            bytes_.push_back(std::get<0>(packed));
+        const auto matrix = [&](const std::string& name) { return matrix_of(matrices.at(name)); };
+        const auto affine = [&](const std::string& name) -> Affine {
+            return {matrix(name), vectors.at(name + "_bias").data()};
+        };
+        const auto norm = [&](const std::string& name) -> LayerNorm {
+            return {vectors.at(name).data(), vectors.at(name + "_bias").data()};
+        };
+        EncoderWeights w{matrix("embed"), matrix("positions"), matrix("types"), norm("embed_norm"), {}, {}, {}};
+        for (int i = 0; i < shape.num_layers; ++i) {
+            const std::string at = "layers." + std::to_string(i) + ".";
+            w.layers.push_back({affine(at + "qkv"), affine(at + "o"), affine(at + "up"), affine(at + "down"),
+                                norm(at + "attn_norm"), norm(at + "ffn_norm")});
+        }
+        if (shape.num_labels > 0) {
+            w.pooler = affine("pooler");
+            w.classifier = affine("classifier");
+        }
+        KvCache kv{nullptr, 1, shape.num_heads, shape.hidden / shape.num_heads, false};
+        kv_ = std::make_unique<Pages>(kv.block_bytes() * max_tokens);
+        kv.data = kv_->as<uint8_t>();
+        encoder_ = std::make_unique<Encoder>(shape, std::move(w), kv, team);
+    }
+
+    // False, and nothing changes, for arrays that check_texts in engine/kernels/validate.py refuses.
+    bool begin(Ints token_ids, Ints types, Ints starts, Array<float> out) {
+        Encoder& encoder = open();
+        const int tokens = static_cast<int>(token_ids.size()), texts = static_cast<int>(starts.size()) - 1;
+        if (tokens < 1 || tokens > max_tokens_ || texts < 1 || !shaped(token_ids, tokens) || !shaped(types, tokens) ||
+            !shaped(starts, texts + 1) || !shaped(out, texts, shape_.output_size()) || starts.data()[0] != 0 ||
+            starts.data()[texts] != tokens)
+            return false;
+        for (int r = 0; r < texts; ++r) {
+            const int64_t length = static_cast<int64_t>(starts.data()[r + 1]) - starts.data()[r];
+            if (length < 1 || length > shape_.max_position)
+                return false;
+        }
+        for (int t = 0; t < tokens; ++t) {
+            const int32_t id = token_ids.data()[t], type = types.data()[t];
+            if (id < 0 || id >= shape_.vocab || type < 0 || type >= shape_.num_types)
+                return false;
+        }
+        token_ids_ = token_ids;
+        types_ = types;
+        starts_ = starts;
+        out_ = out;
+        running_ = true;
+        encoder.begin({tokens, texts, token_ids.data(), types.data(), starts.data(), out.data()});
+        return true;
+    }
+
+    bool run(int layers) {
+        Encoder& encoder = open();
+        if (!running_ || layers < 1)
+            throw std::invalid_argument("run: expected a batch that was begun and at least one layer");
+        {
+            nb::gil_scoped_release release;
+            running_ = !encoder.run(layers);
+        }
+        if (!running_) {
+            token_ids_.reset();
+            types_.reset();
+            starts_.reset();
+            out_.reset();
+        }
+        return !running_;
+    }
+
+    void profile(bool on) { open().profile(on); }
+
+    std::vector<std::pair<std::string, double>> phase_seconds() { return open().phase_seconds(); }
+
+    void close() {
+        running_ = false;
+        encoder_.reset();
+        kv_.reset();
+    }
+
+  private:
+    Encoder& open() {
+        if (!encoder_)
+            throw std::runtime_error("the program is closed");
+        return *encoder_;
+    }
+
+    EncoderShape shape_;
+    int max_tokens_;
+    std::vector<Floats> vectors_; // kept alive, as the matrices' bytes: the encoder points into them
+    std::vector<Bytes> bytes_;
+    std::unique_ptr<Pages> kv_;
+    std::unique_ptr<Encoder> encoder_;
+    bool running_ = false;
+    std::optional<Ints> token_ids_, types_, starts_; // of the batch that is computed
+    std::optional<Array<float>> out_;
+};
+
 // y float32 [M, n] = x float32 [M, k] through the projection, with one thread, `rows` at a time.
 void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
     const Matrix w = matrix_of(packed);
@@ -401,6 +507,31 @@ NB_MODULE(SERAPH_MODULE, m) {
         .def("profile", &Program::profile, nb::arg("on"))
         .def("phase_seconds", &Program::phase_seconds)
         .def("close", &Program::close);
+    nb::class_<Team>(m, "Team")
+        .def(nb::init<int, int>(), nb::arg("threads"), nb::arg("max_phases"))
+        .def_prop_ro("size", &Team::size);
+    nb::enum_<EncoderActivation>(m, "EncoderActivation")
+        .value("gelu", EncoderActivation::kGelu)
+        .value("gelu_tanh", EncoderActivation::kGeluTanh)
+        .value("silu", EncoderActivation::kSilu);
+    nb::enum_<Pooling>(m, "Pooling").value("mean", Pooling::kMean).value("cls", Pooling::kCls);
+    nb::class_<EncoderShape>(m, "EncoderShape")
+        .def(nb::init<int, int, int, int, int, int, int, int, float, float, EncoderActivation, Pooling, bool>(),
+             nb::arg("num_layers"), nb::arg("hidden"), nb::arg("num_heads"), nb::arg("intermediate"), nb::arg("vocab"),
+             nb::arg("max_position"), nb::arg("num_types"), nb::arg("num_labels"), nb::arg("norm_eps"),
+             nb::arg("query_scale"), nb::arg("activation"), nb::arg("pooling"), nb::arg("normalize"));
+    nb::class_<EncoderProgram>(m, "EncoderProgram")
+        .def(nb::init<const EncoderShape&, const std::map<std::string, Floats>&,
+                      const std::map<std::string, PackedMatrix>&, int, Team&>(),
+             nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("max_tokens"), nb::arg("team"),
+             nb::keep_alive<1, 6>())
+        .def("begin", &EncoderProgram::begin, nb::arg("token_ids").noconvert(), nb::arg("types").noconvert(),
+             nb::arg("starts").noconvert(), nb::arg("out").noconvert())
+        .def("run", &EncoderProgram::run, nb::arg("layers"))
+        .def("profile", &EncoderProgram::profile, nb::arg("on"))
+        .def("phase_seconds", &EncoderProgram::phase_seconds)
+        .def("close", &EncoderProgram::close);
+    m.def("max_phases", &Encoder::max_phases, nb::arg("num_layers"));
     m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
     m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"));
     m.def("time_matmul", &time_matmul, nb::arg("matrix"), nb::arg("copies"), nb::arg("m"), nb::arg("turns"),

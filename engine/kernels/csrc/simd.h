@@ -111,6 +111,21 @@ SERAPH_INLINE F32 gelu_tanh(F32 x) {
     return x / (set1(1.0f) + exp_within(inner * set1(-1.59576912160573f)));
 }
 
+// x times the share of the normal distribution that lies below x, within 5e-7. The share beyond |x| is e^(q - x^2 / 2),
+// where q, a polynomial fitted to the logarithm of the scaled complement of the error function, needs no division.
+SERAPH_INLINE F32 gelu(F32 x) {
+    const F32 size = abs(x), near = min(size, set1(6.0f)); // beyond, the share is nothing
+    F32 q = set1(2.20249812e-5f);
+    q = fma(q, near, set1(-5.24656593e-4f));
+    q = fma(q, near, set1(5.57081344e-3f));
+    q = fma(q, near, set1(-3.69706805e-2f));
+    q = fma(q, near, set1(1.81960284e-1f));
+    q = fma(q, near, set1(-7.97935168e-1f));
+    q = fma(q, near, set1(-6.93144636e-1f));
+    const F32 beyond = exp_within(fma(size * set1(-0.5f), size, q));
+    return x * select(less(x, zero_f32()), beyond, set1(1.0f) - beyond);
+}
+
 // limit * tanh(x / limit): x where it is small beside the limit, and never past it.
 SERAPH_INLINE F32 softcapped(F32 x, float limit) {
     const F32 one = set1(1.0f), two = set1(2.0f);
@@ -142,6 +157,15 @@ SERAPH_INLINE uint16_t to_bf16(float x) {
         return static_cast<uint16_t>((bits >> 16) | 0x40u);
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+#if !defined(SERAPH_ISA_AVX512) && !defined(SERAPH_ISA_AVX2)
+SERAPH_INLINE void store_bf16(uint16_t* p, F32 a) {
+    float lanes[kLanes];
+    store(lanes, a);
+    for (int i = 0; i < kLanes; ++i)
+        p[i] = to_bf16(lanes[i]);
+}
+#endif
 
 // Exact: a bfloat16 is the upper half of a float32.
 SERAPH_INLINE float from_bf16(uint16_t bits) {
