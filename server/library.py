@@ -24,7 +24,11 @@ def pull(
         ),
     ],
     quantization: Annotated[
-        str | None, typer.Option(metavar="none|int8|int4", help="What becomes of float weights. [default: they stay]")
+        str | None,
+        typer.Option(
+            metavar="none|int8|int4",
+            help="What becomes of float weights. [default: they stay]",
+        ),
     ] = None,
 ) -> None:
     """Fetch models and make them ready, without serving them. What is ready already is compared with its origin.
@@ -96,6 +100,7 @@ def _rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": model.name,
+                "kind": model.kind,
                 "bytes": model.nbytes,
                 "format": model.format,
                 "quantizations": sorted({one for one in model.packed.values() if one is not None}),
@@ -109,7 +114,8 @@ def _rows() -> list[dict[str, Any]]:
     rows += [
         {
             "name": entry.name,
-            "bytes": entry.file_bytes,
+            "kind": entry.kind,
+            "bytes": entry.nbytes,
             "format": entry.format,
             "quantizations": [],
             "state": "can be pulled",
@@ -124,13 +130,24 @@ def _rows() -> list[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [("NAME", "SIZE", "FORMAT", "STATE", "WHERE")]
+    lines = [("NAME", "KIND", "SIZE", "FORMAT", "STATE", "WHERE")]
     for row in rows:
         packed_as = f" as {', '.join(row['quantizations'])}" if row["quantizations"] else ""
         where = row["path"] or row["source"]
-        lines.append((row["name"], _megabytes(row["bytes"]), row["format"] + packed_as, row["state"], where))
-    name, size, kind, state = (max(len(line[i]) for line in lines) for i in range(4))
-    return "\n".join(f"{a:<{name}}  {b:>{size}}  {c:<{kind}}  {d:<{state}}  {e}".rstrip() for a, b, c, d, e in lines)
+        lines.append(
+            (
+                row["name"],
+                row["kind"] or "?",
+                _megabytes(row["bytes"]),
+                row["format"] + packed_as,
+                row["state"],
+                where,
+            )
+        )
+    name, kind, size, form, state = (max(len(line[i]) for line in lines) for i in range(5))
+    return "\n".join(
+        f"{a:<{name}}  {b:<{kind}}  {c:>{size}}  {d:<{form}}  {e:<{state}}  {f}".rstrip() for a, b, c, d, e, f in lines
+    )
 
 
 def _megabytes(nbytes: int) -> str:

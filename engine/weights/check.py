@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.errors import FormatError, ModelError
 from engine.kernels.layout import GROUP, LAYOUT_VERSION, STRIP, MatrixFormat, PackedTensor
-from engine.weights import hub
+from engine.weights import hub, pypi
 from engine.weights.files import try_lock
 from engine.weights.pack import FORMAT_VERSION, MAGIC, PackedModel, open_packed
 from engine.weights.progress import NoProgress
@@ -100,6 +100,10 @@ def leftovers(home: Path) -> Iterator[tuple[Path, int]]:
     for path in sorted((home / "models").glob(".*.fetching")):
         if _is_free(path.with_name(f"{path.name[1 : -len('.fetching')]}.lock")):
             yield path, _nbytes(path.rglob("*"))
+    for path in pypi.unnamed(home):
+        release = home / "models" / path.relative_to(home / "models").parts[0]
+        if _is_free(release.with_name(f"{release.name}.lock")):
+            yield path, _nbytes([path])
 
 
 def _is_free(path: Path) -> bool:
@@ -161,8 +165,8 @@ def _checkpoint(model: PackedModel, home: Path) -> Located | None:
     source = parse(model.source.origin)
     match source:
         case WheelSource():
-            path = source.file.path(home)
-            return Located(path, source.file.member_sha256 or "") if path.is_file() else None
+            wheel = source.checkpoint
+            return Located(wheel.path(home), wheel.stamp) if pypi.is_complete(wheel, home) else None
         case HubSource():
             record = hub.complete(source.checkpoint, home)
             return Located(record.path(home), record.stamp) if record is not None else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +10,11 @@ from pathlib import Path
 
 from engine.config import seraph_home
 from engine.errors import FormatError, SourceError
+from engine.models.spec import DecoderSpec
 from engine.weights import hub, pypi, store
-from engine.weights.catalog import catalog
 from engine.weights.files import lock, writing
 from engine.weights.pack import open_packed
-from engine.weights.source import FileSource, HubSource, WheelSource, parse, wheel_file
+from engine.weights.source import FileSource, HubSource, WheelSource, entry_of, parse
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +31,7 @@ class InstalledModel:
     fetched: Path | None = None  # a .gguf file or a folder
     commit: str = ""  # of the repository
     nbytes: int = 0  # of everything that removing it frees
+    kind: str = ""  # as `CatalogEntry.kind`; empty where it is not packed and the catalogue does not say
 
     @property
     def path(self) -> Path:
@@ -97,6 +97,7 @@ def _by_stem(root: Path) -> dict[str, InstalledModel]:
             continue
         model.name, model.source, model.commit = packed.name, packed.source.origin, packed.source.commit
         model.format = packed.info.checkpoint_format
+        model.kind = "decoder" if isinstance(packed.info.spec, DecoderSpec) else "encoder"
         model.packed[path] = packed.source.quantization
         packed.close()
     for source, fetched, nbytes, commit in _fetched(root):
@@ -104,15 +105,16 @@ def _by_stem(root: Path) -> dict[str, InstalledModel]:
         model.source, model.fetched, model.commit = source.origin, fetched, commit or model.commit
         model.format = model.format or ("GGUF" if fetched.suffix == ".gguf" else "safetensors")
         model.nbytes += nbytes
+        if (entry := entry_of(source)) is not None:
+            model.kind = entry.kind
     return found
 
 
 def _fetched(root: Path) -> Iterator[tuple[WheelSource | HubSource, Path, int, str]]:
-    pinned = {wheel_file(entry).path(root): entry.name for entry in catalog()}
-    for file in pypi.fetched(root):
-        path = file.path(root)
-        with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-            yield WheelSource(pinned.get(path, path.stem), file), path, path.stat().st_size, ""
+    for checkpoint, nbytes in pypi.fetched(root):
+        wheel = WheelSource(checkpoint.name, checkpoint)
+        entry = entry_of(wheel)
+        yield WheelSource(entry.name, checkpoint) if entry is not None else wheel, checkpoint.path(root), nbytes, ""
     for record in hub.records(root):
         source = parse(record.wanted.source)
         assert isinstance(source, HubSource)
@@ -167,7 +169,7 @@ def _remove(stem: str, model: InstalledModel, root: Path) -> tuple[str, int]:
         if model.source.startswith(("pypi:", "hf:")):
             match parse(model.source):
                 case WheelSource() as wheel:
-                    freed += pypi.forget(wheel.file, root)
+                    freed += pypi.forget(wheel.checkpoint, root)
                 case HubSource() as repository:
                     freed += hub.forget(repository.checkpoint, root)
     return model.name, freed

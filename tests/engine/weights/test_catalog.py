@@ -1,7 +1,8 @@
-"""The catalogue: what it says of sampling reaches whoever loads a model by its short name."""
+"""The catalogue: what it says of sampling reaches whoever loads a model by its short name, and its models are there."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from engine.request import SamplingParams
@@ -20,3 +21,12 @@ def test_generation_defaults_come_with_the_short_name(default_model: PackedModel
     by_path = load_model(str(default_model.path))
     assert by_path.info.generation_defaults == {}  # the packed file holds what the checkpoint says: nothing
     by_path.close()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"folder": "f"}, {"file": ""}, {"file": "", "folder": "f"}, {"file": "f", "folder": "f", "files": []}]
+)
+def test_an_entry_is_a_file_or_a_folder(changes: dict[str, object]) -> None:
+    values = msgspec.to_builtins(catalog()[0]) | changes
+    with pytest.raises(msgspec.ValidationError, match="expected either file, or folder and files"):
+        msgspec.convert(values, CatalogEntry)

