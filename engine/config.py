@@ -75,7 +75,7 @@ class EngineConfig:
     kv_cache_dtype: str = "bf16"  # one of KV_DTYPES
     enable_prefix_caching: bool = True
     speculation: str = "prompt-lookup"  # one of SPECULATIONS
-    quantization: str | None = None  # one of QUANTIZATIONS; None: as the checkpoint stores its weights
+    quantization: str | None = None  # one of QUANTIZATIONS; None: see load_model
     huge_pages: str = "auto"  # one of HUGE_PAGES
     threads: int = 0  # 0: every CPU this process may use
     isa: str = "auto"

@@ -27,7 +27,7 @@ def pull(
         str | None,
         typer.Option(
             metavar="none|int8|int4",
-            help="What becomes of float weights. [default: they stay]",
+            help="What becomes of float weights. [default: as the catalogue says, else they stay]",
         ),
     ] = None,
 ) -> None:

@@ -71,8 +71,8 @@ class Settings:
     )
     quantization: str = option(
         "auto",
-        "What becomes of float weights: none computes with bfloat16, int8 and int4 pack them; auto is as none. A "
-        "quantized checkpoint keeps its own.",
+        "What becomes of float weights: none computes with bfloat16, int8 and int4 pack them; auto is as the catalogue "
+        "says of a model, else as none. A quantized checkpoint keeps its own.",
         choice("auto", *QUANTIZATIONS),
         MODEL,
     )

