@@ -65,6 +65,7 @@ class EngineConfig:
     """Everything the native engine is told. `threads` 0 and `isa` "auto" are resolved where the machine is known."""
 
     model: str = DEFAULT_MODEL
+    embedding_model: str | None = None  # an encoder that shares this engine's process, as a source
     max_model_len: int | None = None  # tokens; None: the model's own limit, capped to what the KV cache holds
     max_num_seqs: int = 64  # requests computed in one step
     max_num_batched_tokens: int = 512  # tokens computed in one step (the token budget)
@@ -87,6 +88,7 @@ class EngineConfig:
                 raise ConfigError(f"{key} must be {allowed}, got {getattr(self, key)!r}.")
 
         need(bool(self.model), "model", "a model alias or source")
+        need(self.embedding_model is None or bool(self.embedding_model), "embedding_model", "a model alias or source")
         need(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2 tokens")
         need(1 <= self.max_num_seqs <= 1024, "max_num_seqs", "between 1 and 1024")
         need(

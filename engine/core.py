@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,19 +19,18 @@ from engine import logs
 from engine.cache.sizing import num_kv_blocks
 from engine.config import (
     BLOCK_SIZE,
-    HUGE_PAGES_SHARE,
     EngineConfig,
     available_cpus,
-    gives_huge_pages,
     memory_limit,
     requested_isa,
 )
+from engine.embedder import Embedder, Turns
 from engine.errors import ConfigError, RequestError
 from engine.kernels import create_program
 from engine.kernels.batch import Program
-from engine.kernels.layout import PackedTensor
-from engine.models.spec import DecoderSpec, ModelInfo
-from engine.request import Capabilities, EngineStats, Request, TokenDelta, WeightsInfo
+from engine.models.spec import EncoderSpec, ModelInfo
+from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, TokenDelta
+from engine.resident import describe_weights, num_parameters, resident_weights
 from engine.scheduler.plan import Plan
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Sequence
@@ -42,22 +41,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("seraph.engine")
 
-HUGE_PAGE = 2 << 20
-"""Bytes, of the smallest there are on x86-64: less than one is not worth a copy."""
-
 
 class EngineCore:
-    """One model, its KV memory and its requests, driven from one thread.
+    """One model, its KV memory and its requests, driven from one thread; perhaps an encoder in its steps' gaps.
 
-    `model` stays the caller's, who closes it after the core. `create` compiles the program; `clock` gives Unix time for
-    deadlines, `memory` the bytes this process may use. Raises ConfigError where `config` asks for more context than the
-    model or the KV memory has, or for more KV memory than there is.
+    `model` and `encoder` stay the caller's, who closes them after the core. `create` compiles the program; `clock`
+    gives Unix time for deadlines, `memory` the bytes this process may use. Raises ConfigError where `config` asks for
+    more context than the model or the KV memory has, or for more KV memory than there is.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         model: PackedModel,
+        encoder: PackedModel[EncoderSpec] | None = None,
         *,
         create: Callable[..., Program] = create_program,
         clock: Callable[[], float] = time.time,
@@ -94,6 +91,9 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
+        self._embedder = None if encoder is None else Embedder(encoder, config, memory=memory())
+        self._turns = Turns()
+        self._embedded: list[Embedded] = []
 
     def add(self, request: Request) -> None:
         """Take a request; its deltas come out of `step`. Raises RequestError, and then nothing is kept of it."""
@@ -107,15 +107,47 @@ class EngineCore:
                 request.sampling,
             )
 
+    def embed(self, request: EmbedRequest) -> None:
+        """Take texts to be made vectors; they come out of `take_embedded`. Raises as `add`."""
+        if self._embedder is None:
+            raise RequestError(
+                f"{self.model_name} is no encoder, and there is none beside it.", param="model", code="model_not_found"
+            )
+        self._embedder.add(request)
+
     def abort(self, request_id: str) -> None:
-        """Forget a request: no delta of it follows. One that ended already, or never was, is no error."""
+        """Forget a request of either kind: nothing of it follows. One that ended already, or never was, is no error."""
         self._scheduler.abort(request_id)
+        if self._embedder is not None:
+            self._embedder.abort(request_id)
 
     def step(self) -> list[TokenDelta]:
-        """Compute one step, at most max_num_batched_tokens tokens; returns what it produced and what it ended.
+        """Compute one step of the decoder, where it has one to do, and a piece of the encoder's work, where it may.
 
-        A step that the program fails ends its requests with FinishReason.ERROR; the others go on.
+        A step is at most max_num_batched_tokens tokens; returns what it produced and what it ended. One that the
+        program fails ends its requests with FinishReason.ERROR; the others go on.
         """
+        if self._embedder is None or not self._embedder.has_work:
+            return self._step()
+        if not self._scheduler.has_work:
+            self._turns.idle()
+            self._embedded += self._embedder.advance()
+            return []
+        started = time.perf_counter()
+        deltas = self._step()
+        self._turns.worked(time.perf_counter() - started)
+        if self._turns.may(self._embedder.next_seconds()):
+            started = time.perf_counter()
+            self._embedded += self._embedder.advance(shared=True)
+            self._turns.spend(time.perf_counter() - started)
+        return deltas
+
+    def take_embedded(self) -> list[Embedded]:
+        """What has become of texts since the last call."""
+        embedded, self._embedded = self._embedded, []
+        return embedded
+
+    def _step(self) -> list[TokenDelta]:
         debug = logger.isEnabledFor(logging.DEBUG)
         started = time.perf_counter() if debug else 0.0
         plan = self._scheduler.schedule()
@@ -159,7 +191,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or (self._embedder is not None and self._embedder.has_work)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -177,6 +209,7 @@ class EngineCore:
             num_preemptions=scheduler.num_preemptions,
             num_requests_finished=scheduler.num_finished,
             step_seconds=self._runner.step_seconds,
+            **({} if self._embedder is None else self._embedder.counters()),
         )
 
     def capabilities(self) -> Capabilities:
@@ -196,14 +229,20 @@ class EngineCore:
             kv_cache_tokens=self.num_blocks * BLOCK_SIZE,
             kv_cache_bytes=self.num_blocks * BLOCK_SIZE * self.info.spec.kv_bytes_per_token(self.config.kv_cache_dtype),
             kv_cache_dtype=self.config.kv_cache_dtype,
+            features=frozenset({"generate", *(() if self._embedder is None else self._embedder.features)}),
+            encoder=None if self._embedder is None else self._embedder.info,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError with the details if any block, slot or request is lost or counted twice."""
         self._scheduler.check_integrity()
+        if self._embedder is not None:
+            self._embedder.check_integrity()
 
     def close(self) -> None:
-        """Stop the program's threads and free the KV memory. Idempotent; the core cannot be used afterwards."""
+        """Stop the programs' threads and free the KV memory. Idempotent; the core cannot be used afterwards."""
+        if self._embedder is not None:
+            self._embedder.close()
         self.program.close()
 
 
@@ -224,33 +263,6 @@ def resolve_max_model_len(config: EngineConfig, info: ModelInfo, num_blocks: int
             f"got {asked}."
         )
     return asked
-
-
-def resident_weights(huge_pages: str, model: PackedModel, memory: int) -> Mapping[str, PackedTensor]:
-    """The weights where they are to be read from: the mapped file, or a copy in huge pages.
-
-    The kernels read the copy some 7 % faster: of small pages there are more than a core's tables of addresses hold.
-    But every process has its own. `memory` is the bytes this process may use.
-    """
-    nbytes = sum(tensor.data.nbytes for tensor in model.weights.values())
-    fits = HUGE_PAGE <= nbytes <= HUGE_PAGES_SHARE * memory
-    if huge_pages == "on" or (huge_pages == "auto" and fits and gives_huge_pages()):
-        return model.copied()
-    return model.weights
-
-
-def num_parameters(spec: DecoderSpec) -> int:
-    """Numbers in the checkpoint; tied embeddings count once."""
-    return sum(math.prod(shape) for shape in spec.tensor_shapes().values())
-
-
-def describe_weights(weights: Mapping[str, PackedTensor]) -> WeightsInfo:
-    """How large packed weights are, and in how many bits most of them lie."""
-    nbytes: dict[int, int] = {}
-    for tensor in weights.values():
-        bits = 32 if tensor.format is None else tensor.format.bits
-        nbytes[bits] = nbytes.get(bits, 0) + tensor.data.nbytes
-    return WeightsInfo(nbytes=sum(nbytes.values()), bits=max(nbytes, key=nbytes.__getitem__, default=0))
 
 
 def validate_request(request: Request, *, model_name: str, vocab_size: int) -> None:

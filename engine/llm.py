@@ -8,32 +8,35 @@ with LLM() as llm:
 from __future__ import annotations
 
 import itertools
-import signal
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.core import EngineCore
+from engine.encoder_core import EncoderCore, build_core
 from engine.errors import EngineError, RequestError
-from engine.request import FinishReason, Request, SamplingParams, TokenDelta
-from engine.text import Detokenizer, ModelText
-from engine.weights import load_model
+from engine.llm_bars import GenerationBar, TextsBar, interrupts_deferred, loading_bars
+from engine.models.spec import EncoderSpec
+from engine.request import Embedded, EmbedRequest, FinishReason, Request, SamplingParams, TokenDelta
+from engine.text import Detokenizer, EncoderText, ModelText
+from engine.weights import PackedModel, load_encoder, load_packed
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    pass
 
 Prompt: TypeAlias = "str | Sequence[int]"
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 Sampling: TypeAlias = "SamplingParams | Sequence[SamplingParams]"
 
-REFRESH_SECONDS = 0.1
-"""Between two looks at a progress bar: counting a large batch takes longer than many a step."""
+TEXTS_PER_REQUEST = 256
+"""Texts that are tokenized together and then wait for the encoder together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +63,39 @@ class LLM:
 
     def __init__(self, model: str = DEFAULT_MODEL, *, progress: bool = True, **config: Any) -> None:
         self.config = EngineConfig(model=model, **config)
-        with _loading_bars(progress) as bars:
-            self._model = load_model(
-                self.config.model, home=self.config.home, progress=bars, **self.config.load_options()
-            )
-        self.name = self._model.name
-        try:
-            self.text = ModelText.from_info(self._model.info)
-            self._core: EngineCore | None = EngineCore(self.config, self._model)
-        except BaseException:
-            self._model.close()
-            raise
+        with ExitStack() as undo:
+            with loading_bars(progress) as bars:
+                self._model: PackedModel[Any] = load_packed(
+                    self.config.model, home=self.config.home, progress=bars, **self.config.load_options()
+                )
+                undo.callback(self._model.close)
+                self._encoder: PackedModel[EncoderSpec] | None = None
+                if self.config.embedding_model is not None:
+                    self._encoder = load_encoder(self.config.embedding_model, home=self.config.home, progress=bars)
+                    undo.callback(self._encoder.close)
+            self.name = self._model.name
+            encodes = isinstance(self._model.info.spec, EncoderSpec)
+            self._text = None if encodes else ModelText.from_info(self._model.info)
+            encoder = self._model if encodes else self._encoder
+            self._encoder_text = None if encoder is None else EncoderText.from_info(encoder.info)
+            self._core: EngineCore | EncoderCore | None = build_core(self.config, self._model, self._encoder)
+            undo.pop_all()
         self._serial = itertools.count()
         self._live: dict[str, _Stream] = {}
+        self._embedded: dict[str, Embedded | None] = {}  # by request, None as long as it is not done
         # Reentrant: a stream that nobody holds any more may be collected, and aborted, while the engine is at work.
         self._lock = threading.RLock()
         self._at_work = False
-        self._dropped: list[_Stream] = []  # to be aborted when it is not
+        self._dropped: list[str] = []  # requests to be aborted when it is not
+
+    @property
+    def text(self) -> ModelText:
+        """The decoder's text side. Raises RequestError for an encoder."""
+        if self._text is None:
+            raise RequestError(
+                f"{self.name} is an encoder: it makes vectors of texts and continues none.", param="model"
+            )
+        return self._text
 
     def default_sampling(self) -> SamplingParams:
         """How a call without `sampling` samples: as the model's checkpoint or the catalogue says. The rest is unset."""
@@ -125,14 +144,43 @@ class LLM:
             token_ids = self._encode(cast("Prompt", prompt))
         return self._pieces(token_ids, sampling or self.default_sampling(), seed)
 
+    def embed(
+        self, texts: str | Sequence[str], *, truncate: bool = False, progress: bool = True
+    ) -> NDArray[np.float32]:
+        """The embeddings of one text or many, in order: float32 [texts, dimensions].
+
+        Of an encoder that is this LLM's model, or its `embedding_model`. `truncate` cuts texts that are longer than it
+        reads; without, they raise RequestError, as does a model that scores.
+        """
+        encoder = self._need_encoder("embed")
+        return self._vectors(encoder, [texts] if isinstance(texts, str) else list(texts), truncate, progress)
+
+    def score(
+        self, query: str, documents: str | Sequence[str], *, truncate: bool = False, progress: bool = True
+    ) -> NDArray[np.float32]:
+        """How well documents answer a query, by a cross-encoder that looks at both together: float32 [documents].
+
+        From 0 to 1, the logistic function of the classifier's logit. Raises RequestError as `embed`, and for a
+        classifier of several labels.
+        """
+        encoder = self._need_encoder("score")
+        pairs = [(query, each) for each in ([documents] if isinstance(documents, str) else documents)]
+        logits = self._vectors(encoder, pairs, truncate, progress)
+        if logits.shape[1] != 1:
+            raise RequestError(f"{self.name} sorts into {logits.shape[1]} classes, it scores nothing.", param="model")
+        scores: NDArray[np.float32] = np.float32(1) / (np.float32(1) + np.exp(-logits[:, 0]))
+        return scores
+
     def close(self) -> None:
         """Free the KV memory, the threads and the weights. Idempotent."""
-        with _interrupts_deferred(), self._lock:
+        with interrupts_deferred(), self._lock:
             core, self._core = self._core, None
             if core is not None:
                 self._live.clear()
                 core.close()
                 self._model.close()
+                if self._encoder is not None:
+                    self._encoder.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -152,7 +200,11 @@ class LLM:
         streams: list[_Stream] = []
         try:
             self._start(streams, prompts, _one_for_each(sampling, len(prompts)), seed)
-            with _Bar(streams, self._open_core().max_model_len) if progress and streams else nullcontext() as bar:
+            with (
+                GenerationBar(streams, self._open_core().max_model_len)
+                if progress and streams
+                else nullcontext() as bar
+            ):
                 waiting = streams
                 while waiting:
                     self._step()
@@ -161,7 +213,7 @@ class LLM:
                         bar.update(last=not waiting)
             return [stream.completion() for stream in streams]
         finally:
-            self._abort(streams)
+            self._abort([stream.request.request_id for stream in streams])
 
     def _pieces(self, prompt: list[int], sampling: SamplingParams, seed: int) -> Generator[str, None, None]:
         # Started in here, because a generator that nobody ever asks is closed without running its `finally`.
@@ -181,7 +233,7 @@ class LLM:
                     stream.check()
                     return
         finally:
-            self._abort(streams)
+            self._abort([stream.request.request_id for stream in streams])
 
     def _start(
         self, streams: list[_Stream], prompts: list[list[int]], sampling: Sequence[SamplingParams], seed: int
@@ -201,38 +253,85 @@ class LLM:
                 core.add(request)
                 self._live[request.request_id] = stream
 
+    def _need_encoder(self, feature: str) -> EncoderText:
+        if self._encoder_text is None:
+            raise RequestError(
+                f"{self.name} is no encoder: name one as model, or as embedding_model beside it.", param="model"
+            )
+        if feature not in self._open_core().capabilities().features:
+            other = "scores pairs of texts" if feature == "embed" else "embeds texts"
+            raise RequestError(f"This encoder {other}: it cannot {feature}.", param="model")
+        return self._encoder_text
+
+    def _vectors(
+        self, encoder: EncoderText, texts: Sequence[str | tuple[str, str]], truncate: bool, progress: bool
+    ) -> NDArray[np.float32]:
+        requests: list[str] = []
+        try:
+            with self._engine() as core:
+                info = core.capabilities().encoder
+            assert info is not None
+            for begin in range(0, len(texts), TEXTS_PER_REQUEST):
+                inputs = encoder.encode(texts[begin : begin + TEXTS_PER_REQUEST], truncate=-1 if truncate else None)
+                request = EmbedRequest(request_id=f"llm-{next(self._serial)}", model=info.model, inputs=inputs)
+                with self._engine() as core:
+                    requests.append(request.request_id)
+                    core.embed(request)
+                    self._embedded[request.request_id] = None
+            parts = []
+            with TextsBar(len(texts)) if progress and requests else nullcontext() as bar:
+                for request_id in requests:
+                    while (embedded := self._embedded[request_id]) is None:
+                        self._step()
+                    if embedded.error is not None:
+                        raise EngineError(embedded.error)
+                    parts.append(np.frombuffer(embedded.data, "<f4").reshape(-1, info.output_size))
+                    if bar is not None:
+                        bar.update(sum(map(len, parts)))
+            return np.concatenate([np.empty((0, info.output_size), np.float32), *parts])
+        finally:
+            for request_id in requests:
+                self._embedded.pop(request_id, None)
+            self._abort(requests)
+
     def _step(self) -> None:
         """One step for everybody."""
         with self._engine() as core:
-            for delta in core.step():
-                stream = self._live[delta.request_id]
-                stream.receive(delta)
-                if stream.finish_reason is not None:
-                    del self._live[delta.request_id]
-                    core.abort(delta.request_id)  # a stop string: the engine would go on
+            self._advance(core)
 
-    def _abort(self, streams: list[_Stream]) -> None:
-        with _interrupts_deferred(), self._lock:
-            self._dropped += streams
+    def _advance(self, core: EngineCore | EncoderCore) -> None:
+        for delta in core.step():
+            stream = self._live[delta.request_id]
+            stream.receive(delta)
+            if stream.finish_reason is not None:
+                del self._live[delta.request_id]
+                core.abort(delta.request_id)  # a stop string: the engine would go on
+        for embedded in core.take_embedded():
+            if embedded.request_id in self._embedded:
+                self._embedded[embedded.request_id] = embedded
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        with interrupts_deferred(), self._lock:
+            self._dropped += request_ids
             if not self._at_work and self._core is not None:
                 with self._engine():
                     pass
 
     @contextmanager
-    def _engine(self) -> Iterator[EngineCore]:
+    def _engine(self) -> Iterator[EngineCore | EncoderCore]:
         """The engine, for this thread alone and without interrupts; at the end it forgets what was dropped."""
-        with _interrupts_deferred(), self._lock:
+        with interrupts_deferred(), self._lock:
             core, self._at_work = self._open_core(), True
             try:
                 yield core
             finally:
                 while self._dropped:
-                    request_id = self._dropped.pop().request.request_id
-                    if self._live.pop(request_id, None) is not None:
-                        core.abort(request_id)
+                    request_id = self._dropped.pop()
+                    self._live.pop(request_id, None)
+                    core.abort(request_id)
                 self._at_work = False
 
-    def _open_core(self) -> EngineCore:
+    def _open_core(self) -> EngineCore | EncoderCore:
         if self._core is None:
             raise EngineError("This LLM is closed.")
         return self._core
@@ -282,100 +381,6 @@ class _Stream:
     def _gain(self, text: str) -> None:
         if text:
             self.pieces.append(text)
-
-
-class _Bar:
-    """How far a batch is, on standard error: prompts done, tokens, tokens a second, time to go at that rate.
-
-    How long an answer becomes nobody knows before its end: until then it counts with the most that it may have.
-    """
-
-    def __init__(
-        self, streams: Sequence[_Stream], max_model_len: int, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._streams, self._max_model_len, self._clock = streams, max_model_len, clock
-        self._started = self._shown = clock()
-        self._bar: Progress = Progress(
-            TextColumn("generating"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            console=Console(stderr=True),
-            auto_refresh=False,  # by a thread that may outlive the bar; there are updates enough
-        )
-        self._task: TaskID = self._bar.add_task(f"0/{len(streams)}", total=None)
-
-    def __enter__(self) -> _Bar:
-        with _interrupts_deferred():
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        with _interrupts_deferred():
-            self._bar.stop()
-
-    def update(self, *, last: bool) -> None:
-        """Show what has changed, where that was not done just now or this is the `last` time."""
-        now = self._clock()
-        if last or now - self._shown >= REFRESH_SECONDS:
-            self._shown = now
-            done, tokens, expected = self._count()
-            said = _describe(done, len(self._streams), tokens, expected, now - self._started)
-            self._bar.update(self._task, completed=tokens, total=expected, description=said, refresh=True)
-
-    def _count(self) -> tuple[int, int, int]:
-        """Streams that are done, tokens, and the tokens expected in the end."""
-        done = tokens = expected = 0
-        for stream in self._streams:
-            ended = stream.finish_reason is not None
-            done += ended
-            tokens += len(stream.token_ids)
-            room = self._max_model_len - len(stream.request.prompt_token_ids)
-            asked = stream.request.sampling.max_tokens
-            expected += len(stream.token_ids) if ended else room if asked is None else min(asked, room)
-        return done, tokens, expected
-
-
-def _describe(done: int, of: int, tokens: int, expected: int, seconds: float) -> str:
-    rate = tokens / seconds if seconds > 0 else 0.0
-    text = f"{done}/{of}, {tokens} tokens, {rate:,.0f} tokens/s"
-    if done == of:
-        return f"{text}, {timedelta(seconds=round(seconds))}"
-    return f"{text}, {timedelta(seconds=round((expected - tokens) / rate))} to go" if rate else text
-
-
-@contextmanager
-def _loading_bars(progress: bool) -> Iterator[Any]:
-    """What load_model reports to: bars, or None."""
-    if not progress:
-        yield None
-        return
-    from engine.weights.progress_bar import RichProgress
-
-    with RichProgress() as bars:
-        yield bars
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C wait until the engine's books are in order again: at most one step.
-
-    Signals reach the main thread only, and only it can set handlers, so elsewhere there is nothing to do.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    caught: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught:
-            before(*caught[0])
 
 
 def _stop_strings(params: SamplingParams) -> tuple[str, ...]:

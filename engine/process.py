@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import zmq
@@ -41,7 +41,7 @@ from engine.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from engine.request import Capabilities, EngineStats, Request, TokenDelta
+from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, TokenDelta
 
 logger = logging.getLogger("seraph.engine")
 
@@ -60,23 +60,38 @@ class Core(Protocol):
     @property
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> None: ...
+    def embed(self, request: EmbedRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[TokenDelta]: ...
+    def take_embedded(self) -> list[Embedded]: ...
     def stats(self) -> EngineStats: ...
     def capabilities(self) -> Capabilities: ...
     def check_integrity(self) -> None: ...
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Closes = TypeVar("Closes", bound=_Closable)
+Asked = TypeVar("Asked", Request, EmbedRequest)
+
 BuildCore = Callable[[EngineConfig], AbstractContextManager[Core]]
 
 
-# --- What is said. Parent to child: Add, Abort, StatsRequest. Child to parent: the others. ---
+# --- What is said. Parent to child: Add, Embed, Abort, StatsRequest. Child to parent: the others. ---
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
     """Take this request. Answered by Deltas, or by one Refused."""
 
     request: Request
+
+
+class Embed(msgspec.Struct, frozen=True, tag=True):
+    """Make vectors of these texts. Answered by one Vectors, or by one Refused."""
+
+    request: EmbedRequest
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -155,6 +170,12 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
     deltas: list[TokenDelta]
 
 
+class Vectors(msgspec.Struct, frozen=True, tag=True):
+    """What became of the texts of one request."""
+
+    embedded: Embedded
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """This request was not taken."""
 
@@ -174,8 +195,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-ToChild = Add | Abort | StatsRequest
-ToParent = Ready | Failed | Deltas | Refused | Aborted | Stats
+ToChild = Add | Embed | Abort | StatsRequest
+ToParent = Ready | Failed | Deltas | Vectors | Refused | Aborted | Stats
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_child = msgspec.msgpack.Decoder(ToChild).decode
@@ -246,6 +267,8 @@ def _loop(core: Core, socket: zmq.Socket[bytes], stop_fds: Sequence[int]) -> Non
             deltas = core.step()
             if deltas:
                 socket.send(encode(Deltas(deltas)), zmq.NOBLOCK)
+            for embedded in core.take_embedded():
+                socket.send(encode(Vectors(embedded)), zmq.NOBLOCK)
 
 
 def _receive(core: Core, socket: zmq.Socket[bytes]) -> None:
@@ -263,7 +286,10 @@ def _receive(core: Core, socket: zmq.Socket[bytes]) -> None:
         match message:
             case Add(request):
                 with logs.request(request.trace):
-                    _add(core, request, socket)
+                    _take(core.add, request, socket)
+            case Embed(texts):
+                with logs.request(texts.trace):
+                    _take(core.embed, texts, socket)
             case Abort(request_id):
                 core.abort(request_id)
                 socket.send(encode(Aborted(request_id)), zmq.NOBLOCK)
@@ -271,9 +297,9 @@ def _receive(core: Core, socket: zmq.Socket[bytes]) -> None:
                 socket.send(encode(Stats(core.stats())), zmq.NOBLOCK)
 
 
-def _add(core: Core, request: Request, socket: zmq.Socket[bytes]) -> None:
+def _take(take: Callable[[Asked], None], request: Asked, socket: zmq.Socket[bytes]) -> None:
     try:
-        core.add(request)
+        take(request)
     except Exception as error:
         if not isinstance(error, SeraphError):
             logger.exception("request %s could not be taken", request.request_id)
@@ -307,16 +333,22 @@ _decode_named = msgspec.msgpack.Decoder(_NamedAdd).decode
 
 @contextlib.contextmanager
 def load_core(config: EngineConfig) -> Iterator[Core]:
-    """The core over its mapped model; both are closed at the end."""
+    """The core over its mapped models; all are closed at the end."""
     # Imported here, because the parent imports this module for its messages and needs neither kernels nor scheduler.
-    from engine.core import EngineCore
-    from engine.weights import load_model
+    from engine.encoder_core import build_core
+    from engine.weights import load_encoder, load_packed
 
-    with (
-        contextlib.closing(load_model(config.model, home=config.home, **config.load_options())) as model,
-        contextlib.closing(EngineCore(config, model)) as core,
-    ):
-        yield core
+    with contextlib.ExitStack() as open_things:
+
+        def closing(thing: Closes) -> Closes:
+            open_things.callback(thing.close)
+            return thing
+
+        model = closing(load_packed(config.model, home=config.home, **config.load_options()))
+        encoder = None
+        if config.embedding_model is not None:
+            encoder = closing(load_encoder(config.embedding_model, home=config.home))
+        yield closing(build_core(config, model, encoder))
 
 
 def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int:

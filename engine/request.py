@@ -124,11 +124,49 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str | None = None
 
 
+class TextInput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A whole text for an encoder, or two that it looks at together."""
+
+    token_ids: list[int]  # with the tokens that the model wants around and between texts
+    second: int | None = None  # index of the first token of a second text, where its tokens are of another type
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Texts to be made vectors: embeddings, or the logits of a classifier."""
+
+    request_id: str  # unique among live requests of either kind
+    model: str
+    inputs: list[TextInput]
+    priority: int = 0  # lower runs first
+    trace: str = ""  # as Request.trace
+
+
+class Embedded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of an EmbedRequest."""
+
+    request_id: str
+    data: bytes = b""  # float32 [inputs, output size], little-endian
+    error: str | None = None  # how the engine failed it
+
+
 class WeightsInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The weights as the engine holds them."""
 
     nbytes: int = 0
     bits: int = 0  # of most of them: 4 or 8 where they are quantized, 16 for bfloat16
+
+
+class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine's encoder can do."""
+
+    model: str
+    output_size: int  # numbers of a text's vector
+    max_input_len: int  # tokens of a text, special ones included
+    vocab_size: int
+    num_labels: int = 0  # of a classifier, whose vectors are logits; 0: they are embeddings
+    checkpoint_format: str = ""
+    num_parameters: int = 0
+    weights: WeightsInfo = WeightsInfo()
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,7 +176,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     max_model_len: int
     vocab_size: int
-    features: frozenset[str] = frozenset()  # of: grammar, prompt_logprobs, adapter, embed
+    features: frozenset[str] = frozenset()  # of: generate, embed, score, grammar, prompt_logprobs, adapter
     isa: str = ""  # kernel build in use; empty where the engine has no such choice, as in the fields below
     threads: int = 0
     max_position: int = 0  # tokens of context the model was made for
@@ -150,6 +188,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = ""
+    encoder: EncoderInfo | None = None  # beside the decoder, or instead of one
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -168,4 +207,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_preemptions: int = 0
     num_requests_finished: int = 0
     step_seconds: float = 0.0  # total time inside kernels
+    num_encoded_texts: int = 0
+    num_encoded_tokens: int = 0
+    encoder_seconds: float = 0.0  # total time inside the encoder's kernels
     num_restarts: int = 0  # of the engine process

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from engine.request import Capabilities, EngineStats, Request, TokenDelta
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.request import Capabilities, EmbedRequest, EngineStats, Request, TokenDelta
 
 
 class Engine(Protocol):
@@ -32,6 +35,14 @@ class Engine(Protocol):
         Closing the iterator (`aclose()`, or cancelling the task that reads it) aborts the request. Raises, at the
         first step at the earliest: RequestError for a request the engine refuses, EngineOverloadedError where there
         is no room, EngineDeadError where the engine died or is stopping, EngineError for any other failure.
+        """
+        ...
+
+    async def embed(self, request: EmbedRequest) -> NDArray[np.float32]:
+        """The vectors of texts, float32 [inputs, output size]: embeddings, or a classifier's logits.
+
+        Cancelling the task that waits aborts the request. Raises as `generate`; RequestError also where the engine has
+        no encoder.
         """
         ...
 

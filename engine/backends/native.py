@@ -11,12 +11,14 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.backends.child import Child
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, EngineError, EngineOverloadedError, RequestError, SeraphError
-from engine.process import Abort, Aborted, Add, Deltas, Refused, Stats, StatsRequest, ToParent
-from engine.request import Capabilities, EngineStats, Request, TokenDelta
+from engine.process import Abort, Aborted, Add, Deltas, Embed, Refused, Stats, StatsRequest, ToParent, Vectors
+from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, TokenDelta
 
 logger = logging.getLogger("seraph.engine")
 
@@ -107,6 +109,31 @@ def merge(deltas: list[TokenDelta]) -> TokenDelta:
     )
 
 
+class InflightTexts:
+    """Texts in the engine that are to be made vectors."""
+
+    def __init__(self, request: EmbedRequest) -> None:
+        self.request = request
+        self.finished = False  # the engine holds it no longer
+        self._vectors: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
+
+    def deliver(self, embedded: Embedded) -> None:
+        """Take in what the engine sent."""
+        self.finished = True
+        if not self._vectors.done():
+            self._vectors.set_result(embedded)
+
+    def fail(self, error: SeraphError) -> None:
+        """End it with an exception."""
+        self.finished = True
+        if not self._vectors.done():
+            self._vectors.set_exception(error)
+
+    async def take(self) -> Embedded:
+        """What became of it. Raises what `fail` was given."""
+        return await self._vectors
+
+
 class State(enum.Enum):
     NEW = "has not been started"
     READY = "is ready"
@@ -142,7 +169,7 @@ class NativeEngine:
         self._child: Child | None = None
         self._capabilities: Capabilities | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._inflight: dict[str, Inflight] = {}
+        self._inflight: dict[str, Inflight | InflightTexts] = {}
         self._aborting: set[str] = set()  # ids whose late deltas may still arrive
         self._all_finished = asyncio.Event()
         self._all_finished.set()
@@ -193,21 +220,24 @@ class NativeEngine:
 
         Raises RequestError also for an id that is in use.
         """
-        child = await self._ready_child()
-        request_id = request.request_id
-        if request_id in self._inflight or request_id in self._aborting:
-            raise RequestError(f"request_id {request_id!r} is in use.", param="request_id")
+        await self._send(request.request_id, Add(request))
         inflight = Inflight(request)
-        try:
-            child.send(Add(request))
-        except (OverflowError, TypeError, UnicodeEncodeError) as error:
-            raise RequestError(f"The request cannot be encoded: {error}.") from error
         with self._tracked(inflight):
             while True:
                 delta = await inflight.take()
                 yield delta
                 if delta.finish_reason is not None:
                     return
+
+    async def embed(self, request: EmbedRequest) -> NDArray[np.float32]:
+        """See Engine.embed. Raises RequestError also for an id that is in use."""
+        await self._send(request.request_id, Embed(request))
+        inflight = InflightTexts(request)
+        with self._tracked(inflight):
+            embedded = await inflight.take()
+        if embedded.error is not None:
+            raise EngineError(embedded.error)
+        return np.frombuffer(embedded.data, "<f4").reshape(len(request.inputs), -1)
 
     def capabilities(self) -> Capabilities:
         if self._capabilities is None:
@@ -241,6 +271,16 @@ class NativeEngine:
 
     # --- Requests ---
 
+    async def _send(self, request_id: str, message: Add | Embed) -> None:
+        """Give the process a request, and nothing else runs before the caller can track it."""
+        child = await self._ready_child()
+        if request_id in self._inflight or request_id in self._aborting:
+            raise RequestError(f"request_id {request_id!r} is in use.", param="request_id")
+        try:
+            child.send(message)
+        except (OverflowError, TypeError, UnicodeEncodeError) as error:
+            raise RequestError(f"The request cannot be encoded: {error}.") from error
+
     async def _ready_child(self) -> Child:
         """The process that takes a request now. Raises EngineOverloadedError or EngineDeadError where there is none."""
         if self._state is State.RESTARTING:
@@ -257,8 +297,8 @@ class NativeEngine:
         return self._child
 
     @contextlib.contextmanager
-    def _tracked(self, inflight: Inflight) -> Iterator[None]:
-        """Deltas reach it while this is entered; left before its end, it is aborted."""
+    def _tracked(self, inflight: Inflight | InflightTexts) -> Iterator[None]:
+        """What the engine says reaches it while this is entered; left before its end, it is aborted."""
         request_id = inflight.request.request_id
         self._inflight[request_id] = inflight
         self._all_finished.clear()
@@ -277,11 +317,14 @@ class NativeEngine:
         match message:
             case Deltas(deltas):
                 for delta in deltas:
-                    if (inflight := self._inflight.get(delta.request_id)) is not None:
+                    if isinstance(inflight := self._inflight.get(delta.request_id), Inflight):
                         inflight.deliver(delta)
+            case Vectors(embedded):
+                if isinstance(texts := self._inflight.get(embedded.request_id), InflightTexts):
+                    texts.deliver(embedded)
             case Refused(request_id, fault):
-                if (inflight := self._inflight.get(request_id)) is not None:
-                    inflight.fail(fault.to_error())
+                if (refused := self._inflight.get(request_id)) is not None:
+                    refused.fail(fault.to_error())
             case Aborted(request_id):
                 self._aborting.discard(request_id)
             case Stats(stats):

@@ -120,7 +120,7 @@ class ReferenceEncoder:
 
 
 def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
-    """Vectors [..., n] less their mean, scaled to a variance of 1, then lanes by `weight` and `bias` (Ba et al., 2016)."""
+    """Vectors [..., n] less their mean, scaled to a variance of 1, then lanes by weight and bias (Ba et al., 2016)."""
     size = np.float32(x.shape[-1])
     total = np.zeros((*x.shape[:-1], LANES), np.float32)
     squares = np.zeros_like(total)

@@ -1,7 +1,8 @@
 """BERT and its kin (RoBERTa, XLM-RoBERTa): sentence embeddings as MiniLM, bge and e5, and cross-encoders that score.
 
-Sources: transformers' BertModel, RobertaModel, XLMRobertaModel and their ForSequenceClassification; sentence-transformers'
-modules for what becomes of the rows. The families differ in names, and RoBERTa's positions begin after its padding.
+Sources: transformers' BertModel, RobertaModel, XLMRobertaModel and their ForSequenceClassification, and the modules of
+sentence-transformers for what becomes of the rows. The families differ in names, and RoBERTa's positions begin after
+its padding.
 """
 
 from __future__ import annotations

@@ -266,9 +266,7 @@ class EncoderSpec:
             f"{self.hidden_size} / {self.num_heads}",
         )
         need(0 < self.norm_eps < 1, "norm_eps", "between 0 and 1", self.norm_eps)
-        need(
-            self.activation in ENCODER_ACTIVATIONS, "activation", " or ".join(ENCODER_ACTIVATIONS), self.activation
-        )
+        need(self.activation in ENCODER_ACTIVATIONS, "activation", " or ".join(ENCODER_ACTIVATIONS), self.activation)
         need(self.pooling in POOLINGS, "pooling", " or ".join(POOLINGS), self.pooling)
 
     @property

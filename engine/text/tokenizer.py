@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,19 @@ from engine.models.spec import ModelInfo
 from engine.text.chat_template import RenderedPrompt
 from engine.text.pieces import Pieces, token_pieces
 from engine.weights.hf_tokenizer import MAX_VOCAB_SIZE, parse_tokenizer, read_tokenizer_folder
+
+
+@dataclass(frozen=True, slots=True)
+class WholeText:
+    """A text, or two, as an encoder reads it."""
+
+    ids: list[int]
+    types: list[int]  # 1 for tokens of the second text, where the template tells them apart
+    special: list[int]  # 1 for tokens of the template
+
+    def own_ids(self) -> list[int]:
+        """Those that are not the template's."""
+        return [token_id for token_id, special in zip(self.ids, self.special, strict=True) if not special]
 
 
 class Tokenizer:
@@ -73,7 +87,7 @@ class Tokenizer:
         self._lock = threading.Lock()
 
     @classmethod
-    def from_info(cls, info: ModelInfo) -> Self:
+    def from_info(cls, info: ModelInfo[Any]) -> Self:
         """The tokenizer of a loaded checkpoint."""
         return cls(
             info.tokenizer_json,
@@ -145,6 +159,30 @@ class Tokenizer:
                 stretch.append(token_id)
         close(len(marked))
         return ids
+
+    def encode_whole(self, texts: Sequence[str | tuple[str, str]]) -> list[WholeText]:
+        """Texts, or pairs of them, with the special tokens that the tokenizer's own template puts around and between.
+
+        Special-token text inside a text is plain text. Many at once are faster than one by one: the library shares
+        them among threads.
+        """
+        for text in texts:
+            for part in (text,) if isinstance(text, str) else text:
+                _encodable(part)
+        found = self._whole(self._tokenizer, texts)
+        marked = [i for i, whole in enumerate(found) if not self._controls.isdisjoint(whole.own_ids())]
+        if marked:
+            plain = self._whole(self._plain(at_start=True), [texts[i] for i in marked])
+            for i, whole in zip(marked, plain, strict=True):
+                found[i] = whole
+        return found
+
+    @staticmethod
+    def _whole(tokenizer: HFTokenizer, texts: Sequence[str | tuple[str, str]]) -> list[WholeText]:
+        return [
+            WholeText(encoding.ids, encoding.type_ids, encoding.special_tokens_mask)
+            for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)
+        ]
 
     def _is_control(self, token_id: int, written: str) -> bool:
         """Whether a token was written as a control token; the unknown token also stands for what has no other."""

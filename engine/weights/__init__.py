@@ -12,7 +12,7 @@ from engine.weights.source import CatalogEntry, catalog, known, model_id, parse,
 if TYPE_CHECKING:
     from engine.weights.inventory import InstalledModel, installed, remove, sweep, unfinished
     from engine.weights.pack import PackedModel
-    from engine.weights.store import load_model
+    from engine.weights.store import load_encoder, load_model, load_packed
 
 __all__ = [
     "CatalogEntry",
@@ -21,7 +21,9 @@ __all__ = [
     "catalog",
     "installed",
     "known",
+    "load_encoder",
     "load_model",
+    "load_packed",
     "model_id",
     "parse",
     "remove",
@@ -34,7 +36,9 @@ _HOMES = {
     "InstalledModel": "engine.weights.inventory",
     "PackedModel": "engine.weights.pack",
     "installed": "engine.weights.inventory",
+    "load_encoder": "engine.weights.store",
     "load_model": "engine.weights.store",
+    "load_packed": "engine.weights.store",
     "remove": "engine.weights.inventory",
     "sweep": "engine.weights.inventory",
     "unfinished": "engine.weights.inventory",

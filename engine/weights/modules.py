@@ -42,14 +42,18 @@ def read_modules(folder: Path) -> Modules | None:
             f"{path}: the stages must be Transformer, Pooling and perhaps Normalize, found {shown(kinds)}."
         )
     if folders[1] != os.path.dirname(POOLING):
-        raise UnsupportedModelError(f"{path}: pooling must lie in {os.path.dirname(POOLING)}, found {shown(folders[1])}.")
+        raise UnsupportedModelError(
+            f"{path}: pooling must lie in {os.path.dirname(POOLING)}, found {shown(folders[1])}."
+        )
     return Modules(_pooling(folder / POOLING), kinds[-1] == "Normalize", _max_length(folder / LENGTH))
 
 
 def _pooling(path: Path) -> str:
     values = read_object(path)
     mode = values.get("pooling_mode")
-    modes = {mode} if isinstance(mode, str) else {key for key in values if key.startswith(_PREFIX) and values[key] is True}
+    modes = (
+        {mode} if isinstance(mode, str) else {key for key in values if key.startswith(_PREFIX) and values[key] is True}
+    )
     found = {_MODES.get(str(mode), str(mode)) for mode in modes}
     if len(found) != 1 or not found <= set(_MODES.values()):
         raise UnsupportedModelError(f"{path}: pooling must be mean or cls, found {shown(sorted(found))}.")

@@ -8,11 +8,13 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import QUANTIZATIONS, seraph_home
-from engine.errors import ConfigError, FormatError, SourceError
+from engine.errors import ConfigError, FormatError, SourceError, UnsupportedModelError
+from engine.models.spec import DecoderSpec, EncoderSpec
 from engine.weights import pack
+from engine.weights.catalog import catalog
 from engine.weights.files import lock, try_lock, writing
 from engine.weights.pack import PackedModel, open_packed, write_packed
 from engine.weights.progress import NoProgress, Progress
@@ -28,7 +30,37 @@ _PACKED = re.compile(r"(?P<stem>(?P<name>.+)-[0-9a-f]{16})(?:-(?P<quantization>[
 _TEMPORARY = re.compile(rf"{_PACKED.pattern}\.\d+\.tmp")
 
 
-def load_model(
+def load_model(source: str, **options: Any) -> PackedModel:
+    """Map the decoder that `source` names; `options` as of `load_packed`.
+
+    Raises as it does, and UnsupportedModelError for an encoder.
+    """
+    model = load_packed(source, **options)
+    if not isinstance(model.info.spec, DecoderSpec):
+        model.close()
+        raise UnsupportedModelError(
+            f"{model.name} is an encoder ({model.info.spec.family}): it makes vectors of texts and continues none. "
+            "A decoder is expected here."
+        )
+    return model
+
+
+def load_encoder(source: str, **options: Any) -> PackedModel[EncoderSpec]:
+    """Map the encoder that `source` names; `options` as of `load_packed`.
+
+    Raises as it does, and UnsupportedModelError for a decoder.
+    """
+    model = load_packed(source, **options)
+    if not isinstance(model.info.spec, EncoderSpec):
+        model.close()
+        raise UnsupportedModelError(
+            f"{model.name} is a decoder ({model.info.spec.family}), and an encoder is expected here, as "
+            f"{', '.join(entry.name for entry in catalog() if entry.kind == 'encoder')}."
+        )
+    return model
+
+
+def load_packed(
     source: str,
     *,
     home: Path | None = None,
@@ -36,7 +68,7 @@ def load_model(
     quantization: str | None = None,
     refresh: bool = False,
     client: HubClient | None = None,
-) -> PackedModel:
+) -> PackedModel[Any]:
     """Map the model that `source` names, after fetching and packing it where that has not happened yet.
 
     `quantization`, one of `engine.config.QUANTIZATIONS`, says what becomes of float weights (None: what the catalogue
@@ -74,7 +106,7 @@ def _packed(
     quantization: str | None,
     refresh: bool,
     client: HubClient | None,
-) -> PackedModel:
+) -> PackedModel[Any]:
     """The packed file of a source, mapped, after making it where there is none that is current."""
     target = packed_path(source, root, quantization)
     if not refresh and (model := _open_current(target, _known_stamp(source, root))) is not None:
@@ -138,7 +170,7 @@ def _known_stamp(source: Source, home: Path) -> str | None:
     return locate(source, home, NoProgress()).stamp
 
 
-def _open_named(path: Path, quantization: str | None) -> PackedModel:
+def _open_named(path: Path, quantization: str | None) -> PackedModel[Any]:
     model = open_packed(path)
     packed = model.source.quantization
     if quantization not in (None, packed):
@@ -151,7 +183,7 @@ def _open_named(path: Path, quantization: str | None) -> PackedModel:
     return model
 
 
-def _open_current(target: Path, stamp: str | None, *, tell: bool = False) -> PackedModel | None:
+def _open_current(target: Path, stamp: str | None, *, tell: bool = False) -> PackedModel[Any] | None:
     """The packed file, or None where there is none that can be used. `stamp` None: any will do.
 
     `tell` where None means that it is packed now: then it is logged what is wrong with the file that is there.

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from engine.config import EngineConfig, gives_huge_pages
-from engine.core import EngineCore, resident_weights
+from engine.core import EngineCore
 from engine.errors import ConfigError, ContextLengthError, RequestError
 from engine.kernels.layout import PackedTensor
 from engine.models.spec import ModelInfo
 from engine.request import FinishReason, SamplingParams, TokenDelta
+from engine.resident import resident_weights
 from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request, make_spec
 
 

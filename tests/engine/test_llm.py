@@ -18,7 +18,8 @@ import engine
 from engine.core import EngineCore
 from engine.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from engine.kernels.batch import Int32, Program, StepBatch
-from engine.llm import LLM, REFRESH_SECONDS, _Bar, _describe, _Stream
+from engine.llm import LLM, _Stream
+from engine.llm_bars import REFRESH_SECONDS, GenerationBar, describe
 from engine.request import FinishReason, Request, SamplingParams, TokenDelta
 from tests.tiny_gguf import write_tiny_llama
 
@@ -247,7 +248,7 @@ def test_the_bar_counts_what_may_still_come(llm: LLM, capsys: pytest.CaptureFixt
     asked = [SamplingParams(max_tokens=10), SamplingParams()]
     streams = [_Stream(request(prompt, params), llm.text.stream()) for params in asked]
     num_threads = threading.active_count()
-    with _Bar(streams, 512, clock=lambda: now[0]) as bar:
+    with GenerationBar(streams, 512, clock=lambda: now[0]) as bar:
         assert threading.active_count() == num_threads, "nothing may outlive an interrupted batch"
         for _ in range(4):
             streams[0].receive(TokenDelta(request_id="a", position=0, token_ids=[5]))
@@ -259,7 +260,7 @@ def test_the_bar_counts_what_may_still_come(llm: LLM, capsys: pytest.CaptureFixt
         now[0] += REFRESH_SECONDS
         assert bar._count() == (1, 4, 10)  # the other one ended without a token
     assert "0/2, 4 tokens, 2 tokens/s, 0:04:13 to go" in capsys.readouterr().err
-    assert _describe(0, 2, 0, 20, 0.0) == "0/2, 0 tokens, 0 tokens/s"
+    assert describe(0, 2, 0, 20, 0.0) == "0/2, 0 tokens, 0 tokens/s"
 
 
 def request(prompt: list[int], params: SamplingParams) -> Request:

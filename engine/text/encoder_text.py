@@ -1,0 +1,60 @@
+"""An encoder's text side: texts, and pairs of them, to the tokens that it reads whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from engine.errors import RequestError
+from engine.models.spec import EncoderSpec, ModelInfo
+from engine.request import TextInput
+from engine.text.tokenizer import Tokenizer, WholeText
+
+
+class EncoderText:
+    """Texts to token ids. Safe to use from several threads; long ones, or many, belong in a thread of their own."""
+
+    def __init__(self, tokenizer: Tokenizer, max_input_len: int) -> None:
+        """`max_input_len`: tokens of a text, special ones included."""
+        self.tokenizer = tokenizer
+        self.max_input_len = max_input_len
+
+    @classmethod
+    def from_info(cls, info: ModelInfo[EncoderSpec]) -> Self:
+        """The text side of a loaded checkpoint. Raises FormatError for a tokenizer that is malformed."""
+        return cls(Tokenizer.from_info(info), info.spec.max_position)
+
+    def encode(self, texts: Sequence[str | tuple[str, str]], *, truncate: int | None = None) -> list[TextInput]:
+        """What the encoder is given of each text, or of each pair.
+
+        `truncate` cuts those that have more tokens, behind which the template's last ones follow; -1 stands for
+        `max_input_len`. Raises RequestError for a text that has more, and for a limit that is none.
+        """
+        limit = self.max_input_len if truncate == -1 else truncate
+        if limit is not None and not 1 <= limit <= self.max_input_len:
+            raise RequestError(
+                f"truncate_prompt_tokens must be -1 or from 1 to {self.max_input_len}, got {truncate}.",
+                param="truncate_prompt_tokens",
+            )
+        inputs = []
+        for index, whole in enumerate(self.tokenizer.encode_whole(texts)):
+            ids, types = whole.ids, whole.types
+            if limit is not None and len(ids) > limit:
+                ids, types = cut(whole, limit)
+            if not 1 <= len(ids) <= self.max_input_len:
+                raise RequestError(
+                    f"input {index} must have 1 to {self.max_input_len} tokens, got {len(ids)}.",
+                    param="input",
+                    code="context_length_exceeded" if ids else None,
+                )
+            inputs.append(TextInput(ids, types.index(1) if 1 in types else None))
+        return inputs
+
+
+def cut(whole: WholeText, limit: int) -> tuple[list[int], list[int]]:
+    """The first `limit` ids and types of a text, the last of them those of the template that end it."""
+    num_ends = 0
+    while num_ends < min(limit - 1, len(whole.ids)) and whole.special[-1 - num_ends]:
+        num_ends += 1
+    kept, end = limit - num_ends, len(whole.ids) - num_ends
+    return whole.ids[:kept] + whole.ids[end:], whole.types[:kept] + whole.types[end:]
