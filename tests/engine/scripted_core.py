@@ -1,7 +1,8 @@
 """A core without a model, for tests of the process around it; run as a script it is an engine process.
 
 The token at position p of a request is (sum of the prompt + p) % 1000, one a step for each request. A prompt that
-contains one of the ids below makes the step that would produce its fourth token do what the name says.
+contains one of the ids below makes the step that would produce its fourth token do what the name says; a text that
+does, the step that would answer it. The vector of a text is its number of tokens and their sum, one text a step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -17,7 +19,7 @@ import time
 from engine.config import EngineConfig
 from engine.errors import ConfigError, FormatError, RequestError
 from engine.process import main
-from engine.request import Capabilities, EngineStats, FinishReason, Request, TokenDelta
+from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, FinishReason, Request, TokenDelta
 
 KILL, RAISE, HANG = 2001, 2002, 2003
 AT_POSITION = 3
@@ -54,12 +56,14 @@ class ScriptedCore:
         self.config = config
         self.requests: dict[str, Request] = {}
         self.num_output: dict[str, int] = {}
+        self.texts: dict[str, tuple[EmbedRequest, bytearray]] = {}  # and the vectors of those that are done
+        self.embedded: list[Embedded] = []
         self.num_steps = 0
         self.num_checks = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests)
+        return bool(self.requests or self.texts)
 
     def add(self, request: Request) -> None:
         if not request.prompt_token_ids:
@@ -67,8 +71,18 @@ class ScriptedCore:
         self.requests[request.request_id] = request
         self.num_output[request.request_id] = len(request.output_token_ids)
 
+    def embed(self, request: EmbedRequest) -> None:
+        if not request.inputs:
+            raise RequestError("There are no texts.", param="input", code="no_texts")
+        self.texts[request.request_id] = request, bytearray()
+
     def abort(self, request_id: str) -> None:
         self.requests.pop(request_id, None)
+        self.texts.pop(request_id, None)
+
+    def take_embedded(self) -> list[Embedded]:
+        embedded, self.embedded = self.embedded, []
+        return embedded
 
     def step(self) -> list[TokenDelta]:
         time.sleep(STEP_SECONDS)  # stands for the computation
@@ -90,6 +104,13 @@ class ScriptedCore:
                     finish_reason=FinishReason.LENGTH if done else None,
                 )
             )
+        for request_id, (texts, done_texts) in list(self.texts.items()):
+            token_ids = texts.inputs[len(done_texts) // 8].token_ids
+            self._misbehave(token_ids)
+            done_texts += struct.pack("<ff", len(token_ids), sum(token_ids))
+            if len(done_texts) == 8 * len(texts.inputs):
+                del self.texts[request_id]
+                self.embedded.append(Embedded(request_id=request_id, data=bytes(done_texts)))
         return deltas
 
     def _misbehave(self, prompt: list[int]) -> None:
@@ -101,7 +122,7 @@ class ScriptedCore:
             threading.Event().wait()
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self.requests), num_steps=self.num_steps)
+        return EngineStats(num_running=len(self.requests) + len(self.texts), num_steps=self.num_steps)
 
     def capabilities(self) -> Capabilities:
         return Capabilities(

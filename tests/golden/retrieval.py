@@ -77,7 +77,6 @@ ODD = (
     "a",
     "日本語の文も、トークンになる。",
     "Zürich, naïve café — crème brûlée!",
-    "[CLS] and [SEP] are words here, and so is [MASK].",
     "  white   space\n\tof every  kind ",
     "🎉" * 8,
     " ".join(f"word{i}" for i in range(60)),

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import uvloop
 
@@ -27,7 +28,7 @@ from engine.errors import (
     FormatError,
     RequestError,
 )
-from engine.request import FinishReason, Request, SamplingParams, TokenDelta
+from engine.request import EmbedRequest, FinishReason, Request, SamplingParams, TextInput, TokenDelta
 from tests.conftest import ConfigureLogs
 from tests.engine import scripted_core
 from tests.engine.scripted_core import HANG, KILL, RAISE, expected_tokens
@@ -169,6 +170,54 @@ async def test_a_request_that_is_no_request_is_refused(engine: NativeEngine, wro
     with pytest.raises(RequestError):
         await collect(engine, request("a", [wrong]))  # type: ignore[list-item]
     assert await collect(engine, request("a", [1])) == expected_tokens([1], 8)
+
+
+def texts(request_id: str, *inputs: list[int]) -> EmbedRequest:
+    return EmbedRequest(request_id=request_id, model="scripted", inputs=[TextInput(ids) for ids in inputs])
+
+
+async def test_texts_become_vectors_in_order_beside_what_is_generated(engine: NativeEngine) -> None:
+    async def embed(i: int) -> None:
+        vectors = await engine.embed(texts(f"t{i}", [i], [i, i + 1, i + 2]))
+        assert vectors.tolist() == [[1, i], [3, 3 * i + 3]] and vectors.dtype == np.float32
+
+    answers, *_ = await asyncio.gather(collect(engine, request("a", [3, 4])), *(embed(i) for i in range(16)))
+    assert answers == expected_tokens([3, 4], 8)
+
+
+async def test_cancelling_whoever_waits_for_vectors_aborts(engine: NativeEngine) -> None:
+    task = asyncio.ensure_future(engine.embed(texts("t", *[[1]] * 100_000)))
+    await until(lambda: _has_started(engine))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: _is_idle(engine))
+    assert (await engine.embed(texts("u", [5]))).tolist() == [[1, 5]]
+
+
+async def test_refused_texts_raise_with_param_and_code(engine: NativeEngine) -> None:
+    with pytest.raises(RequestError, match="There are no texts") as caught:
+        await engine.embed(texts("t"))
+    assert (caught.value.param, caught.value.code) == ("input", "no_texts")
+
+
+async def test_an_id_is_used_once_among_requests_of_both_kinds(engine: NativeEngine) -> None:
+    stream = engine.generate(request("same", [1], max_tokens=None))
+    await anext(stream)
+    with pytest.raises(RequestError, match="is in use"):
+        await engine.embed(texts("same", [5]))
+    await stream.aclose()
+
+
+async def test_a_killed_process_fails_the_texts_it_held(engine: NativeEngine) -> None:
+    with pytest.raises(EngineDeadError, match="while it held the request"):
+        await engine.embed(texts("t", [1], [KILL]))
+    await until(lambda: _is_ready(engine))
+    assert (await engine.embed(texts("t", [1]))).tolist() == [[1, 1]]
+
+
+async def _is_ready(engine: NativeEngine) -> bool:
+    return engine.ready
 
 
 async def test_capabilities(engine: NativeEngine) -> None:
