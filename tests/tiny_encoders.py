@@ -1,4 +1,4 @@
-"""Tiny random encoders as Hugging Face folders: embedding models with sentence-transformers' modules, cross-encoders."""
+"""Tiny random encoders as Hugging Face folders: embedding models with their modules, and cross-encoders."""
 
 from __future__ import annotations
 

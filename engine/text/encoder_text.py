@@ -15,7 +15,11 @@ class EncoderText:
     """Texts to token ids. Safe to use from several threads; long ones, or many, belong in a thread of their own."""
 
     def __init__(self, tokenizer: Tokenizer, max_input_len: int) -> None:
-        """`max_input_len`: tokens of a text, special ones included."""
+        """`max_input_len`: tokens of a text, special ones included.
+
+        Raises FormatError for a tokenizer whose template cannot be applied.
+        """
+        tokenizer.encode_whole(["", ("", "")])
         self.tokenizer = tokenizer
         self.max_input_len = max_input_len
 

@@ -164,7 +164,7 @@ class Tokenizer:
         """Texts, or pairs of them, with the special tokens that the tokenizer's own template puts around and between.
 
         Special-token text inside a text is plain text. Many at once are faster than one by one: the library shares
-        them among threads.
+        them among threads. Raises FormatError for a template that cannot be applied.
         """
         for text in texts:
             for part in (text,) if isinstance(text, str) else text:
@@ -179,10 +179,11 @@ class Tokenizer:
 
     @staticmethod
     def _whole(tokenizer: HFTokenizer, texts: Sequence[str | tuple[str, str]]) -> list[WholeText]:
-        return [
-            WholeText(encoding.ids, encoding.type_ids, encoding.special_tokens_mask)
-            for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)
-        ]
+        try:
+            encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)
+        except BaseException as error:  # a template may name tokens that it does not have
+            raise panicked(error) from None
+        return [WholeText(each.ids, each.type_ids, each.special_tokens_mask) for each in encodings]
 
     def _is_control(self, token_id: int, written: str) -> bool:
         """Whether a token was written as a control token; the unknown token also stands for what has no other."""
@@ -241,6 +242,12 @@ class Tokenizer:
     def _encode(tokenizer: HFTokenizer, text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(_encodable(text), add_special_tokens=False).ids
         return ids
+
+
+def panicked(error: BaseException) -> BaseException:
+    """What to raise in place of the library's bare Exceptions and its Rust panics; other errors as they are."""
+    foreign = type(error) is Exception or type(error).__name__ == "PanicException"
+    return FormatError(f"tokenizer: {error}") if foreign else error
 
 
 def _load(tokenizer_json: str) -> HFTokenizer:

@@ -142,9 +142,9 @@ def test_what_a_model_is_not_for(tmp_path: Path) -> None:
 
 def test_a_model_of_the_other_kind_is_named(tmp_path: Path) -> None:
     path = str(ENCODERS["bge"].write(tmp_path / "bge", 1))
-    with pytest.raises(UnsupportedModelError, match="bge is an encoder .* A decoder is expected"):
+    with pytest.raises(UnsupportedModelError, match=r"bge is an encoder .* A decoder is expected"):
         load_model(path, home=tmp_path)
-    with pytest.raises(UnsupportedModelError, match="smollm2-135m-instruct is a decoder .* as all-minilm-l6-v2"):
+    with pytest.raises(UnsupportedModelError, match=r"smollm2-135m-instruct is a decoder .* as all-minilm-l6-v2"):
         load_encoder("smollm2-135m-instruct")
     with pytest.raises(ConfigError, match="goes with a decoder, and bge is an encoder"):
         LLM(path, home=tmp_path, embedding_model=path, progress=False)

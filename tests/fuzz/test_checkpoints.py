@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from engine.config import QUANTIZATIONS
-from engine.text import ModelText
+from engine.models.spec import EncoderSpec
+from engine.text import EncoderText, ModelText
 from engine.weights.checkpoint import open_checkpoint
 from engine.weights.convert import convert
 from engine.weights.pack import Source, open_packed, write_packed
@@ -20,6 +22,7 @@ from tests.fuzz.documents import changed, encoded
 from tests.fuzz.documents import values as documents
 from tests.fuzz.harness import fuzz, limited, ours
 from tests.fuzz.strategies import Gguf, Sample, damaged, rearranged, tiny
+from tests.tiny_encoders import ENCODERS, write_modules
 from tests.tiny_families import FAMILIES, tiny_folder, tiny_gguf
 from tests.tiny_hf import TinyFolder
 
@@ -44,6 +47,9 @@ def use(path: Path, quantization: str | None = None) -> None:
         model.close()
         packed.unlink()
         with ours():
+            if isinstance(info.spec, EncoderSpec):
+                EncoderText.from_info(info).encode(["Hello", ("Hello", "[SEP]")])
+                return
             text = ModelText.from_info(info)
             assert text.decode(text.encode("Hello")).strip() in ("", "Hello")
 
@@ -79,9 +85,11 @@ def files(shards: int) -> dict[str, bytes]:
 def put(folder: Path, content: dict[str, bytes]) -> Path:
     made = folder / "model"
     made.mkdir(exist_ok=True)
-    for path in made.iterdir():
-        path.unlink()
+    for path in made.rglob("*"):
+        if path.is_file():
+            path.unlink()
     for name, data in content.items():
+        (made / name).parent.mkdir(exist_ok=True)
         (made / name).write_bytes(data)
     return made
 
@@ -132,6 +140,34 @@ def test_metadata_of_families(folder: Path, name: str, data: st.DataObject) -> N
         else:
             model.metadata[key] = new
     use(model.write(folder / "m.gguf"))
+
+
+@cache
+def encoder_files(name: str) -> dict[str, bytes]:
+    """The files of a tiny encoder's folder, modules of sentence-transformers among them."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as made:
+        folder = replace(ENCODERS[name], layers=1).write(Path(made), 1)
+        write_modules(folder, "mean", normalize=True, max_length=50)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@fuzz(150, name=st.sampled_from(sorted(ENCODERS)), quantization=quantizations, data=st.data())
+def test_configurations_of_encoders(folder: Path, name: str, quantization: str | None, data: st.DataObject) -> None:
+    """Keys of config.json and of the modules that are missing, of another kind, or of another size."""
+    content = encoder_files(name)
+    path = data.draw(st.sampled_from(sorted(path for path in content if path.endswith(".json"))))
+    values = data.draw(changed(json.loads(content[path])) | documents)
+    use(put(folder, {**content, path: encoded(values)}), quantization)
+
+
+@fuzz(60, name=st.sampled_from(sorted(ENCODERS)), data=st.data())
+def test_damaged_files_of_an_encoder(folder: Path, name: str, data: st.DataObject) -> None:
+    content = dict(encoder_files(name))
+    path = data.draw(st.sampled_from(sorted(content)))
+    content[path] = data.draw(damaged(Sample(content[path], head=2000)))
+    use(put(folder, content))
 
 
 @fuzz(60, index=st.deferred(lambda: changed(json.loads(files(2)["model.safetensors.index.json"])) | documents))

@@ -1,6 +1,7 @@
 """Make encoders.npz and, with --minilm FOLDER, minilm.npz with Hugging Face transformers; README.md says how and what.
 
-Every text is computed by itself, in float32 on the CPU, so that no padding is involved. Nothing of `engine` is imported.
+Every text is computed by itself, in float32 on the CPU, so that no padding is involved. Nothing of `engine` is
+imported.
 """
 
 from __future__ import annotations
