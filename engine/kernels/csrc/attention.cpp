@@ -323,6 +323,28 @@ void KvCache::write(int block, int layer, int head, int slot, const float* key, 
     }
 }
 
+void KvCache::write_two(int block, int layer, int head, int slot, const float* two_keys, const float* two_values,
+                        int stride) const {
+    if (int8) {
+        write(block, layer, head, slot, two_keys, two_values);
+        write(block, layer, head, slot + 1, two_keys + stride, two_values + stride);
+        return;
+    }
+    uint16_t* k16 = reinterpret_cast<uint16_t*>(keys(block, layer, head));
+    uint16_t* v16 = reinterpret_cast<uint16_t*>(values(block, layer, head)) + slot * head_dim;
+    uint16_t lanes[2][kLanes];
+    for (int d = 0; d < head_dim; d += kLanes) {
+        store_bf16(lanes[0], load(two_keys + d));
+        store_bf16(lanes[1], load(two_keys + stride + d));
+        for (int i = 0; i < kLanes; i += 2) { // the two tokens' pairs of dims lie side by side
+            uint16_t* to = k16 + ((d + i) / 2 * kBlock + slot) * 2;
+            std::memcpy(to, lanes[0] + i, 2 * sizeof(uint16_t));
+            std::memcpy(to + 2, lanes[1] + i, 2 * sizeof(uint16_t));
+        }
+        store_bf16_pairs(v16 + 2 * d, load(two_values + d), load(two_values + stride + d));
+    }
+}
+
 Query quantized_query(const float* x, int head_dim, int16_t* quants) {
     const float amax = largest_size(x, head_dim);
     const F32 levels = set1(levels_per_unit(amax, kMost16));

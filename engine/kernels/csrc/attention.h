@@ -31,6 +31,9 @@ struct KvCache {
 
     // Writes one token's key and value, float32 [head_dim] each, into its slot.
     void write(int block, int layer, int head, int slot, const float* key, const float* value) const;
+    // The same of the tokens of slots `slot`, which is even, and `slot` + 1, `stride` floats apart: values of bfloat16
+    // lie pair by pair, and so are written twice as fast.
+    void write_two(int block, int layer, int head, int slot, const float* keys, const float* values, int stride) const;
 };
 
 // Softmax state of one query vector: running maximum, 16 partial sums, unnormalized output.

@@ -15,6 +15,8 @@ Encoder::Encoder(const EncoderShape& shape, EncoderWeights weights, const KvCach
       positions_(static_cast<size_t>(shape.max_position) * shape.hidden),
       types_(static_cast<size_t>(shape.num_types) * shape.hidden), kv_(kv),
       attention_(kv, shape.num_heads, 0, 0.0f, team.size()), own_(static_cast<size_t>(team.size())) {
+    for (const EncoderLayer& layer : weights_.layers)
+        (layer.down.w.quantized() ? gated_quants_wanted_ : gated_floats_wanted_) = true;
     for (int p = 0; p < shape.max_position; ++p)
         dequantize_row(weights_.positions, p, positions_.data() + static_cast<int64_t>(p) * shape.hidden);
     for (int t = 0; t < shape.num_types; ++t)
@@ -62,11 +64,8 @@ void Encoder::begin(const EncoderBatch& batch) {
     grow(qkv_, static_cast<int64_t>(tokens) * 3 * hidden);
     grow(attended_, static_cast<int64_t>(tokens) * hidden);
     shared_.make_room(tokens, hidden, 0);
-    gated_.make_room(tokens, shape_.intermediate, 0);
-    for (const EncoderLayer& layer : weights_.layers) {
-        if (!layer.down.w.quantized())
-            grow(gated_.values, static_cast<int64_t>(tokens) * shape_.intermediate);
-    }
+    gated_.make_room(tokens, gated_quants_wanted_ ? shape_.intermediate : 0,
+                     gated_floats_wanted_ ? shape_.intermediate : 0);
     for (Activations& own : own_)
         own.make_room(shape_.num_labels > 0 ? kMaxRows : 0, hidden, 0);
 }
@@ -114,8 +113,8 @@ void Encoder::profile(bool on) {
 }
 
 std::vector<std::pair<std::string, double>> Encoder::phase_seconds() const {
-    static constexpr const char* kNames[] = {"embed", "qkv", "store", "attend", "quantize", "out", "attn_norm",
-                                             "up", "down", "ffn_norm", "answer"};
+    static constexpr const char* kNames[] = {"embed",     "qkv", "store", "attend",   "quantize", "out",
+                                             "attn_norm", "up",  "down",  "ffn_norm", "answer"};
     static_assert(std::size(kNames) == static_cast<size_t>(Op::kCount));
     std::vector<std::pair<std::string, double>> all;
     for (size_t i = 0; i < std::size(kNames); ++i)
@@ -228,9 +227,19 @@ void Encoder::store_keys(int tile) {
     for (int h = 0; h < shape_.num_heads; ++h) {
         for (int row = begin; row < end; ++row) {
             float* query = qkv_.data() + static_cast<int64_t>(row) * 3 * n + h * d;
-            for (int i = 0; i < d; i += kLanes)
-                store(query + i, load(query + i) * scale);
-            kv_.write(blocks[row - begin], 0, h, positions_of_[row] % kBlock, query + n, query + 2 * n);
+            const auto scale_query = [&](float* x) {
+                for (int i = 0; i < d; i += kLanes)
+                    store(x + i, load(x + i) * scale);
+            };
+            scale_query(query);
+            const int block = blocks[row - begin], slot = positions_of_[row] % kBlock;
+            if (slot % 2 == 0 && row + 1 < end && positions_of_[row + 1] == positions_of_[row] + 1) {
+                kv_.write_two(block, 0, h, slot, query + n, query + 2 * n, 3 * n);
+                scale_query(query + 3 * n);
+                ++row;
+            } else {
+                kv_.write(block, 0, h, slot, query + n, query + 2 * n);
+            }
         }
     }
 }
@@ -256,9 +265,21 @@ void Encoder::project(const Phase& phase, int tile) {
     else if (phase.op == Op::kDown)
         x = {gated_.quants(), gated_.values.data()};
     alignas(64) float out[kMaxRows * kStrip];
-    project_tile(
-        w, strip, 0, 2, x, begin, std::min(size, tokens - begin), out, [](int, int) {},
-        [&](int row, int rows) { epilogue(phase, row, rows, strip * kStrip, out); });
+    // What the epilogue writes is fetched, to be written, before the pass, as in Decoder::project().
+    const auto fetch = [&](int row, int rows) {
+        if (phase.op == Op::kUp && gated_quants_wanted_) {
+            for (int c = 0; c < kStrip && strip * kStrip + c < w.n; c += kGroup)
+                fetch_group(w.n, gated_.quants(), row, (strip * kStrip + c) / kGroup);
+            return;
+        }
+        float* to = phase.op == Op::kQkv ? qkv_.data() : phase.op == Op::kUp ? gated_.values.data() : x_.data();
+        for (int r = row; r < row + rows; ++r) {
+            for (int c = 0; c < kStrip; c += kLanes)
+                __builtin_prefetch(to + static_cast<int64_t>(r) * w.n + strip * kStrip + c, 1);
+        }
+    };
+    project_tile(w, strip, 0, 2, x, begin, std::min(size, tokens - begin), out, fetch,
+                 [&](int row, int rows) { epilogue(phase, row, rows, strip * kStrip, out); });
 }
 
 // A strip whose first column is `column`, for `rows` rows from `row` on; y float32 [rows, 64] is used up.

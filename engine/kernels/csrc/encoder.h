@@ -108,6 +108,8 @@ class Encoder {
     KvCache kv_;                           // of the layer that is computed
     StepAttention attention_;
 
+    bool gated_quants_wanted_ = false, gated_floats_wanted_ = false; // by some layer's down
+
     bool profiling_ = false;
     double op_seconds_[static_cast<int>(Op::kCount)] = {};
 

@@ -152,7 +152,7 @@ SERAPH_INLINE void store_i16(int16_t* p, I32 a) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
 }
-// To bfloat16, as to_bf16().
+// To bfloat16, as to_bf16(), in the low half of each lane.
 SERAPH_INLINE __m256i rounded_bf16(__m256 a) {
     const __m256i bits = _mm256_castps_si256(a), high = _mm256_srli_epi32(bits, 16);
     const __m256i half = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
@@ -163,6 +163,13 @@ SERAPH_INLINE __m256i rounded_bf16(__m256 a) {
 SERAPH_INLINE void store_bf16(uint16_t* p, F32 a) {
     const __m256i packed = _mm256_packus_epi32(rounded_bf16(a.lo), rounded_bf16(a.hi));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+SERAPH_INLINE void store_bf16_pairs(uint16_t* p, F32 even, F32 odd) {
+    const auto pairs = [](__m256 a, __m256 b) SERAPH_INLINE_LAMBDA {
+        return _mm256_or_si256(rounded_bf16(a), _mm256_slli_epi32(rounded_bf16(b), 16));
+    };
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs(even.lo, odd.lo));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + kLanes), pairs(even.hi, odd.hi));
 }
 SERAPH_INLINE I32 load_i8_pairs(const int8_t* p) {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);

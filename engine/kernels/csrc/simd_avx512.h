@@ -168,15 +168,19 @@ SERAPH_INLINE void store_i8(int8_t* p, I32 a) {
 SERAPH_INLINE void store_i16(int16_t* p, I32 a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
-// To bfloat16, as to_bf16().
-SERAPH_INLINE void store_bf16(uint16_t* p, F32 a) {
+// To bfloat16, as to_bf16(), in the low half of each lane.
+SERAPH_INLINE __m512i rounded_bf16(F32 a) {
     const __m512i bits = _mm512_castps_si512(a.v), high = _mm512_srli_epi32(bits, 16);
     const __m512i half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
     const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet)));
+    return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded, quiet);
+}
+SERAPH_INLINE void store_bf16(uint16_t* p, F32 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded_bf16(a)));
+}
+SERAPH_INLINE void store_bf16_pairs(uint16_t* p, F32 even, F32 odd) {
+    _mm512_storeu_si512(p, _mm512_or_si512(rounded_bf16(even), _mm512_slli_epi32(rounded_bf16(odd), 16)));
 }
 // 32 bytes to int16, a pair in every lane.
 SERAPH_INLINE I32 load_i8_pairs(const int8_t* p) {
