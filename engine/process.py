@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int
     gone, however it went, leaves no orphan.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    _die_with_parent()
+    die_with_parent()
     faulthandler.enable()
     parser = argparse.ArgumentParser(prog="engine.process", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--socket", required=True, type=Path, help="where to bind")
@@ -389,12 +389,12 @@ def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int
     return 0
 
 
-def _die_with_parent() -> None:
+def die_with_parent(name: bytes = b"seraph-engine") -> None:
     """Have the kernel end this process with its parent, even in the middle of a step; and give it a name in `ps`."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         logger.warning("prctl(PR_SET_PDEATHSIG) failed: %s", os.strerror(ctypes.get_errno()))
-    libc.prctl(PR_SET_NAME, b"seraph-engine", 0, 0, 0)
+    libc.prctl(PR_SET_NAME, name, 0, 0, 0)
 
 
 def _terminate_fd() -> int:

@@ -25,6 +25,11 @@ class Engine(Protocol):
         """Able to take a request right now; False also while restarting and while draining."""
         ...
 
+    @property
+    def pid(self) -> int | None:
+        """The process that computes, where it is one of ours."""
+        ...
+
     async def start(self) -> None:
         """Load and get ready. Raises ConfigError or ModelError for what the operator must fix, else EngineError."""
         ...

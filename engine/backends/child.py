@@ -76,8 +76,7 @@ class Child:
                     [*command, *itertools.chain.from_iterable(options.items())],
                     stdin=lifeline,
                     stderr=subprocess.PIPE,
-                    # It finds the packages that we found, however this program was started.
-                    env=child_environment(PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path)),
+                    env=child_environment(PYTHONPATH=our_packages()),
                     process_group=0,  # Ctrl-C is for the parent, also while the child still imports
                 )
             except BaseException:
@@ -261,6 +260,11 @@ class Child:
         assert self._stderr_ended is not None
         await self._stderr_ended.wait()
         return await asyncio.to_thread(self._process.wait)
+
+
+def our_packages() -> str:
+    """PYTHONPATH for a child: it finds the packages that we found, however this program was started."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def _make_socket_folder() -> tempfile.TemporaryDirectory[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from engine.config import (
     AUTO_KV_SHARE,
@@ -44,8 +45,105 @@ def num_kv_blocks(config: EngineConfig, spec: DecoderSpec, *, memory: Callable[[
                 f"model take, got {config.kv_cache_memory!r}."
             )
         return num_blocks
+    return _auto_blocks(config, int(AUTO_KV_SHARE * limit) // per_block)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What decides how much memory a model takes: its weights, and how large keys and values of a token are."""
+
+    spec: DecoderSpec
+    weights_bytes: int
+
+
+def divide_kv_memory(
+    configs: Sequence[EngineConfig],
+    models: Sequence[Needs],
+    *,
+    other_bytes: int = 0,
+    memory: Callable[[], int] = memory_limit,
+) -> list[EngineConfig]:
+    """The configurations of engines that run side by side, each told the tokens of its own KV cache.
+
+    kv_cache_memory is for all of them: each gets an equal share. kv_cache_tokens is of each. Without either they share
+    what one engine would take, or what all weights (and `other_bytes`) leave of the memory if that is less. One engine
+    alone sees to itself. Raises ConfigError where it does not fit.
+    """
+    if len(configs) == 1:
+        return list(configs)
+    limit = memory()
+    weights = sum(model.weights_bytes for model in models) + other_bytes
+    left = limit - weights
+    names = ", ".join(config.model for config in configs)
+    if left <= 0:
+        raise ConfigError(
+            f"The weights of {names} take {readable(weights)}, and this process may use {readable(limit)} of memory."
+        )
+    asked = configs[0].kv_cache_memory
+    total = min(int(AUTO_KV_SHARE * limit), left) if asked is None else _bytes(asked, limit)
+    divided = [
+        _with_blocks(config, model.spec, total // len(models)) for config, model in zip(configs, models, strict=True)
+    ]
+    _need_room(divided, models, left, f"which the weights of {names} leave of the {readable(limit)}")
+    return divided
+
+
+def fit_kv_memory(
+    config: EngineConfig, model: Needs, *, used: int, memory: Callable[[], int] = memory_limit
+) -> EngineConfig:
+    """The configuration of one more engine beside those that take `used` bytes, told the tokens of its KV cache.
+
+    Where neither kv_cache_memory nor kv_cache_tokens says more, it is as much as an engine alone takes, at most
+    AUTO_KV_SHARE of what is left. Raises ConfigError where it does not fit.
+    """
+    limit = memory()
+    left = limit - used - model.weights_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"The weights of {config.model} take {readable(model.weights_bytes)}, and of the {readable(limit)} of "
+            f"memory that this process may use {readable(max(0, limit - used))} are left."
+        )
+    asked = config.kv_cache_memory
+    share = int(AUTO_KV_SHARE * left) if asked is None else _bytes(asked, limit)
+    fitted = _with_blocks(config, model.spec, share)
+    _need_room([fitted], [model], left, f"which are left of the {readable(limit)}")
+    return fitted
+
+
+def _auto_blocks(config: EngineConfig, most: int) -> int:
+    """Blocks where nothing says how many: for AUTO_KV_TOKENS or max_model_len, whichever is more, at most `most`."""
     wanted = math.ceil(max(AUTO_KV_TOKENS, config.max_model_len or 0) / BLOCK_SIZE)
-    return max(MIN_KV_TOKENS // BLOCK_SIZE, min(wanted, int(AUTO_KV_SHARE * limit) // per_block))
+    return max(MIN_KV_TOKENS // BLOCK_SIZE, min(wanted, most))
+
+
+def _with_blocks(config: EngineConfig, spec: DecoderSpec, share: int) -> EngineConfig:
+    """The configuration with its kv_cache_tokens: those it has, or what `share` bytes hold."""
+    if config.kv_cache_tokens is not None:
+        return config
+    per_block = BLOCK_SIZE * spec.kv_bytes_per_token(config.kv_cache_dtype)
+    num_blocks, least = share // per_block, MIN_KV_TOKENS // BLOCK_SIZE
+    if config.kv_cache_memory is None:
+        num_blocks = _auto_blocks(config, num_blocks)
+    if num_blocks < least:
+        raise ConfigError(
+            f"kv_cache_memory must leave at least {least * per_block} bytes for {config.model}, which {MIN_KV_TOKENS} "
+            f"of its tokens take, got {config.kv_cache_memory!r}."
+        )
+    return replace(config, kv_cache_memory=None, kv_cache_tokens=num_blocks * BLOCK_SIZE)
+
+
+def _need_room(configs: Sequence[EngineConfig], models: Sequence[Needs], left: int, why: str) -> None:
+    """Raise ConfigError unless the KV caches fit into `left` bytes."""
+    taken = 0
+    for config, model in zip(configs, models, strict=True):
+        assert config.kv_cache_tokens is not None
+        per_block = BLOCK_SIZE * model.spec.kv_bytes_per_token(config.kv_cache_dtype)
+        taken += math.ceil(config.kv_cache_tokens / BLOCK_SIZE) * per_block
+    if taken > left:
+        raise ConfigError(
+            f"The KV memory must be at most {readable(left)} (kv_cache_memory, kv_cache_tokens), {why} of memory that "
+            f"this process may use; it would be {readable(taken)}."
+        )
 
 
 def readable(nbytes: int) -> str:

@@ -24,6 +24,11 @@ class ModelText:
         self.template = template
         self.num_pieces = len(tokenizer.pieces)  # made now, and not at the first answer
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return self.template is not None
+
     @classmethod
     def from_info(cls, info: ModelInfo, *, chat_template: str | None = None) -> Self:
         """The text side of a loaded checkpoint; `chat_template` is the operator's, instead of the model's.
