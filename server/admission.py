@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.errors import EngineOverloadedError
-from server.errors import AuthenticationError, HostNotAllowedError
-from server.metrics import Metrics
+from server.errors import AdminClosedError, AuthenticationError, HostNotAllowedError
+from server.metrics import ModelMetrics
 from server.settings import is_loopback
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -53,6 +53,25 @@ class Keys:
         return Principal(tenant="", key_id=f"key-{matches.index(True)}")
 
 
+class AdminKeys:
+    """The keys that open /admin, which no other key does."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = Keys(keys)
+        self._open = bool(keys)
+
+    def authenticate(self, headers: Headers) -> Principal:
+        """The operator. Raises AdminClosedError where no key was set, AuthenticationError for none or a wrong one."""
+        if not self._open:
+            raise AdminClosedError("/admin is closed: start the server with --admin-key or SERAPH_ADMIN_KEY.")
+        return Principal(tenant="", key_id=f"admin-{self._keys.authenticate(headers).key_id}")
+
+
+def is_admin_path(path: str) -> bool:
+    """Whether a path is the operator's."""
+    return path == "/admin" or path.startswith("/admin/")
+
+
 def _offered_key(headers: Headers) -> bytes | None:
     for name, value in headers:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
@@ -92,12 +111,12 @@ def _without_port(host: str) -> str:
 
 
 class Gate:
-    """Bounds the sequences inside the server: those being computed plus a waiting queue.
+    """Bounds the sequences of one model inside the server: those being computed plus a waiting queue.
 
-    Refusal is 503 with Retry-After: the server as a whole has no room (429 would say that one caller asks too much).
+    Refusal is 503 with Retry-After: the model has no room for anyone (429 would say that one caller asks too much).
     """
 
-    def __init__(self, *, max_running: int, max_waiting: int, metrics: Metrics) -> None:
+    def __init__(self, *, max_running: int, max_waiting: int, metrics: ModelMetrics) -> None:
         self._limit = max_running + max_waiting
         self._max_running = max_running
         self._metrics = metrics

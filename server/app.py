@@ -1,11 +1,10 @@
-"""The whole server on one page: settings, an engine and the model's text side become an ASGI application."""
+"""The whole server on one page: settings and models, each with its engine, become an ASGI application."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,15 +15,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from engine.backends.base import Engine
 from engine.errors import SeraphError
-from server.admission import Gate, HostPolicy, Keys
+from server.admission import AdminKeys, HostPolicy, Keys
 from server.errors import error_response
-from server.generation import Text
+from server.loading import Loader
 from server.metrics import Metrics
 from server.middleware import Door, RequestContext
-from server.routes import chat, completions, health, models, tokenization
+from server.registry import Registry, ServedModel
+from server.routes import admin, chat, completions, health, tokenization
+from server.routes import models as model_routes
 from server.routes.service import Service
+from server.schemas.admin import LoadModelRequest
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
@@ -35,36 +36,40 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/admin/models": LoadModelRequest,
 }
 """Request bodies for the OpenAPI document: handlers read them themselves, bounded and strictly."""
 
 
 def create_app(
     settings: Settings,
-    engine: Engine,
-    text: Text,
+    models: Iterable[ServedModel],
     *,
-    generation_defaults: Mapping[str, float] = MappingProxyType({}),
+    make_loader: Callable[[Settings, Registry], Loader] = Loader,
     on_started: Callable[[SeraphError | None], None] = lambda error: None,
 ) -> FastAPI:
-    """The ASGI application. `generation_defaults` are the sampling fields of requests that leave them out.
+    """The ASGI application over models whose engines have not been started.
 
-    Its lifespan starts the engine beside serving, so that health checks are answered meanwhile, calls `on_started`
-    with what kept it from starting (None: nothing), and stops it at the end.
+    Its lifespan starts the engines side by side and beside serving, so that health checks are answered meanwhile, calls
+    `on_started` with what kept one from starting (None: nothing), and stops them at the end.
     """
     metrics = Metrics()
-    gate = Gate(max_running=settings.max_num_seqs, max_waiting=settings.max_waiting, metrics=metrics)
-    service = Service(
-        settings=settings, engine=engine, text=text, metrics=metrics, gate=gate, generation_defaults=generation_defaults
-    )
+    registry = Registry(metrics, max_running=settings.max_num_seqs, max_waiting=settings.max_waiting)
+    for model in models:
+        registry.add(model)
+    service = Service(settings=settings, metrics=metrics, models=registry, loader=make_loader(settings, registry))
 
     async def start() -> None:
         failure: SeraphError | None = None
+        starting = [asyncio.create_task(_start(model, registry.guests(model))) for model in registry if not model.host]
         try:
-            await engine.start()
+            await asyncio.gather(*starting)
         except SeraphError as error:
             failure = error
-        service.started = True
+        finally:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
         on_started(failure)
 
     @asynccontextmanager
@@ -76,11 +81,16 @@ def create_app(
             service.draining = True
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            await engine.stop(drain=0.0)  # what was allowed to finish has finished: connections close first
+            await service.stop(drain=0.0)  # what was allowed to finish has finished: connections close first
 
     middleware = [  # outermost first
         Middleware(RequestContext, metrics=metrics),
-        Middleware(Door, keys=Keys(settings.api_key), hosts=HostPolicy(settings.host, settings.allowed_host)),
+        Middleware(
+            Door,
+            keys=Keys(settings.api_key),
+            admin_keys=AdminKeys(settings.admin_key),
+            hosts=HostPolicy(settings.host, settings.allowed_host),
+        ),
     ]
     if settings.cors_origin:  # before the door: a preflight carries no key, and a 401 must be readable
         middleware.insert(
@@ -106,10 +116,21 @@ def create_app(
     app.state.service = service
     app.add_exception_handler(SeraphError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
-    for router in (chat.router, completions.router, tokenization.router, models.router, health.router):
-        app.include_router(router)
+    for routes in (chat, completions, tokenization, model_routes, admin, health):
+        app.include_router(routes.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
+
+
+async def _start(model: ServedModel, guests: Iterable[ServedModel]) -> None:
+    """Start a model's engine, and with it the encoders that live in its process."""
+    try:
+        await model.engine.start()
+        for one in (model, *guests):
+            one.known = model.engine.capabilities()
+    finally:
+        for one in (model, *guests):
+            one.started = True
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

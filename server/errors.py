@@ -32,6 +32,18 @@ class HostNotAllowedError(RequestError):
     """The Host header names a host this server does not answer for."""
 
 
+class AdminClosedError(RequestError):
+    """No key opens the operator's routes."""
+
+
+class ForbiddenError(RequestError):
+    """The operator has not allowed this."""
+
+
+class ConflictError(RequestError):
+    """What is asked for does not go with what the server is or does just now."""
+
+
 class ModelNotFoundError(RequestError):
     """The request names a model that is not served here."""
 
@@ -74,6 +86,9 @@ class Row:
 TABLE = (  # the first row whose class fits counts
     Row(AuthenticationError, 401, "authentication_error", "invalid_api_key"),
     Row(HostNotAllowedError, 403, "permission_error", "host_not_allowed"),
+    Row(AdminClosedError, 403, "permission_error", "admin_closed"),
+    Row(ForbiddenError, 403, "permission_error", "forbidden"),
+    Row(ConflictError, 409, "invalid_request_error", "conflict"),
     Row(ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
     Row(BodyTimeoutError, 408, "invalid_request_error", "body_timeout"),
     Row(BodyTooLargeError, 413, "invalid_request_error", "body_too_large"),

@@ -16,7 +16,7 @@ from engine.backends.base import Engine
 from engine.errors import EngineDeadError, EngineError
 from engine.request import FinishReason, Request, TokenDelta
 from server.errors import ClientDisconnectedError, DeadlineError
-from server.metrics import Metrics
+from server.metrics import ModelMetrics
 from server.schemas.common import Usage, usage
 
 Stop = Literal["stop", "length"]
@@ -42,6 +42,11 @@ class TextStream(Protocol):
 
 class Text(Protocol):
     """What handlers need of a model's text side (`engine.text.ModelText`). Encoding may be called from any thread."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        ...
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn. Raises RequestError where it cannot be."""
@@ -102,7 +107,7 @@ class Generation:
         choices: Sequence[Choice],
         *,
         receive: Receive,
-        metrics: Metrics,
+        metrics: ModelMetrics,
         arrived: float,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -235,7 +240,7 @@ class Generation:
                 metrics.inter_token_latency.observe((now - choice.last_token_at) / num_new)
             choice.last_token_at = now
         if reason is not None:
-            metrics.choices_finished.labels(reason).inc()
+            metrics.count_finished(reason)
             metrics.completion_tokens.inc(choice.num_tokens)
             if choice.num_tokens > 1:
                 seconds = choice.last_token_at - choice.first_token_at

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -38,17 +39,23 @@ _ENGINE_COUNTERS = {
 
 
 class _EngineCollector:
-    """The latest EngineStats as metric families."""
+    """The latest EngineStats of each model as metric families."""
 
     def __init__(self) -> None:
-        self.stats = EngineStats()
+        self.stats: Mapping[str, EngineStats] = MappingProxyType({})
 
     def collect(self) -> Iterable[Metric]:
-        values = msgspec.structs.asdict(self.stats)
+        values = {model: msgspec.structs.asdict(stats) for model, stats in self.stats.items()}
         for name, help in _ENGINE_GAUGES.items():
-            yield GaugeMetricFamily(f"seraph_engine_{name}", help, value=values[name])
+            gauge = GaugeMetricFamily(f"seraph_engine_{name}", help, labels=["model"])
+            for model, of_model in values.items():
+                gauge.add_metric([model], of_model[name])
+            yield gauge
         for name, (label, help) in _ENGINE_COUNTERS.items():
-            yield CounterMetricFamily(f"seraph_engine_{label}", help, value=values[name])
+            counter = CounterMetricFamily(f"seraph_engine_{label}", help, labels=["model"])
+            for model, of_model in values.items():
+                counter.add_metric([model], of_model[name])
+            yield counter
 
 
 class Metrics:
@@ -72,29 +79,36 @@ class Metrics:
         self.time_to_first_token = Histogram(
             "seraph_time_to_first_token_seconds",
             "From a request's arrival to the first token of a choice",
+            ["model"],
             buckets=TTFT_BUCKETS,
             registry=registry,
         )
         self.inter_token_latency = Histogram(
             "seraph_inter_token_latency_seconds",
             "Between consecutive tokens of a choice; tokens that arrive together share their gap",
+            ["model"],
             buckets=TOKEN_BUCKETS,
             registry=registry,
         )
         self.time_per_output_token = Histogram(
             "seraph_time_per_output_token_seconds",
             "Mean time per token of a choice after its first",
+            ["model"],
             buckets=TOKEN_BUCKETS,
             registry=registry,
         )
-        self.prompt_tokens = Counter("seraph_prompt_tokens", "Prompt tokens read", registry=registry)
-        self.cached_tokens = Counter("seraph_cached_tokens", "Prompt tokens the prefix cache held", registry=registry)
-        self.completion_tokens = Counter("seraph_completion_tokens", "Tokens delivered", registry=registry)
-        self.choices_finished = Counter(
-            "seraph_choices_finished", "Choices ended, by reason", ["reason"], registry=registry
+        self.prompt_tokens = Counter("seraph_prompt_tokens", "Prompt tokens read", ["model"], registry=registry)
+        self.cached_tokens = Counter(
+            "seraph_cached_tokens", "Prompt tokens the prefix cache held", ["model"], registry=registry
         )
-        self.sequences = Gauge("seraph_sequences", "Sequences admitted and not finished", registry=registry)
-        self.refusals = Counter("seraph_refused_requests", "Requests turned away for lack of room", registry=registry)
+        self.completion_tokens = Counter("seraph_completion_tokens", "Tokens delivered", ["model"], registry=registry)
+        self.choices_finished = Counter(
+            "seraph_choices_finished", "Choices ended, by reason", ["model", "reason"], registry=registry
+        )
+        self.sequences = Gauge("seraph_sequences", "Sequences admitted and not finished", ["model"], registry=registry)
+        self.refusals = Counter(
+            "seraph_refused_requests", "Requests turned away for lack of room", ["model"], registry=registry
+        )
         self._fields = Counter(
             "seraph_ignored_fields",
             "Request fields without effect: hints, and names no API knows",
@@ -112,7 +126,35 @@ class Metrics:
                 self._field_names.add(name)
         self._fields.labels(kind, name).inc()
 
-    def render(self, stats: EngineStats) -> bytes:
-        """The text exposition, with a fresh snapshot of the engine."""
+    def of(self, model: str) -> ModelMetrics:
+        """What is counted of one model; from now on its counters are there, at zero."""
+        return ModelMetrics(self, model)
+
+    def render(self, stats: Mapping[str, EngineStats]) -> bytes:
+        """The text exposition, with a fresh snapshot of each model's engine."""
         self._engine.stats = stats
         return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """The metrics that are kept for each model, as one model's requests see them."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self.time_to_first_token = metrics.time_to_first_token.labels(model)
+        self.inter_token_latency = metrics.inter_token_latency.labels(model)
+        self.time_per_output_token = metrics.time_per_output_token.labels(model)
+        self.prompt_tokens = metrics.prompt_tokens.labels(model)
+        self.cached_tokens = metrics.cached_tokens.labels(model)
+        self.completion_tokens = metrics.completion_tokens.labels(model)
+        self.sequences = metrics.sequences.labels(model)
+        self.refusals = metrics.refusals.labels(model)
+
+    def count_finished(self, reason: str) -> None:
+        """Count the end of a choice."""
+        self._metrics.choices_finished.labels(self._model, reason).inc()
+
+    def forget(self) -> None:
+        """The model is gone: what is true only of a moment is told no longer. Counters stay, as they only grow."""
+        self._metrics.sequences.remove(self._model)

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import logs
 from engine.errors import RequestError
-from server.admission import ANONYMOUS, OPEN_PATHS, HostPolicy, Keys
+from server.admission import ANONYMOUS, OPEN_PATHS, AdminKeys, Headers, HostPolicy, Keys, Principal, is_admin_path
 from server.errors import ClientDisconnectedError, error_response
 from server.generation import Generation
 from server.metrics import Metrics
@@ -97,9 +97,10 @@ class RequestContext:
 class Door:
     """Checks the Host header, then the key; finds out the principal."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, hosts: HostPolicy) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, admin_keys: AdminKeys, hosts: HostPolicy) -> None:
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,11 +108,16 @@ class Door:
             state, headers = scope["state"], scope["headers"]
             try:
                 self._hosts.check(headers)
-                state["principal"] = ANONYMOUS if scope["path"] in OPEN_PATHS else self._keys.authenticate(headers)
+                state["principal"] = self._authenticate(scope["path"], headers)
             except RequestError as error:  # answered here, so that it passes CORS on its way out
                 await error_response(error, state["request_id"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _authenticate(self, path: str, headers: Headers) -> Principal:
+        if is_admin_path(path):
+            return self._admin_keys.authenticate(headers)
+        return ANONYMOUS if path in OPEN_PATHS else self._keys.authenticate(headers)
 
 
 def _request_id(scope: Scope) -> str:

@@ -67,6 +67,8 @@ class Option:
         """The default for people; empty where there is none."""
         if self.shown_default or self.default in (None, ()):
             return self.shown_default
+        if self.repeatable:
+            return ", ".join(map(str, self.default))
         return str(self.default).lower() if self.is_switch else str(self.default)
 
     def parse(self, where: str, text: str) -> Any:
@@ -82,6 +84,8 @@ class Option:
         """The value of what a configuration file holds. Raises ConfigError as `parse`."""
         if not self.repeatable:
             return self._parse_item(where, value)
+        if self.positional and isinstance(value, str):  # one, as most often
+            value = [value]
         if not isinstance(value, list):
             raise self.wrong(where, value, article="a list, each item ")
         return tuple(self._parse_item(where, item) for item in value)
@@ -201,6 +205,7 @@ def _json_object(text: str, what: str) -> dict[str, Any]:
 
 SWITCH = Kind("true or false", _switch, "", stored=(bool,))
 TEXT = Kind("a text that is not empty", _nonempty, "TEXT")
+SOURCE = Kind("a text that is not empty", _nonempty, "MODEL")
 FILE = Kind("the path of an existing file", _file, "FILE")
 MEMORY = Kind(MEMORY_FORMS, _memory, "SIZE", stored=(str, int))
 GENERATION = Kind(

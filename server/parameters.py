@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from engine.errors import ConfigError, FormatError, SeraphError, UnsupportedModelError
-from server.options import Option
+from server.options import SOURCE, Option
 from server.settings import options, resolve
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -111,15 +111,15 @@ def _parameter(declared: Option) -> inspect.Parameter:
     shared: dict[str, Any] = {"help": f"{declared.help} [{notes}]", "show_default": False}
     if declared.kind.choices:
         shared["autocompletion"] = completing(partial(iter, declared.kind.choices))
-    elif declared.positional:
+    elif declared.kind is SOURCE:
         shared["autocompletion"] = completing(known_models)
-    kind: Any = str | None
+    kind: Any = list[str] | None if declared.repeatable else str | None
     if declared.positional:
-        info: Any = typer.Argument(metavar=declared.flag, **shared)
+        metavar = f"[{declared.flag}]{'...' * declared.repeatable}"
+        info: Any = typer.Argument(metavar=metavar, **shared)
     elif declared.is_switch:
         kind, info = bool | None, typer.Option(f"{declared.flag}/--no-{declared.flag[2:]}", **shared)
     else:
-        kind = list[str] | None if declared.repeatable else str | None
         metavar = declared.kind.metavar + " ..." * declared.greedy
         info = typer.Option(declared.flag, metavar=metavar, **shared)
     return inspect.Parameter(

@@ -16,7 +16,7 @@ HEAD = """\
 Every setting of `seraph serve` has three names: a flag, a name in the environment, and a key in a configuration file. A
 flag beats the environment, the environment beats the file, and the file beats the default. Flags that may be repeated
 are lists in the file, and separated by commas in the environment; a switch is turned off by `--no-` before its name.
-`seraph chat` takes those that concern its engine.
+`seraph chat` takes those that concern its engine. `model` may be a single text in the file.
 
 A wrong value, and a key that does not exist, ends the start with exit status 2 and a line that names the key, the value
 and what is allowed. Names in the environment that begin with `SERAPH_` and mean nothing are warned about.

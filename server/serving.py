@@ -13,23 +13,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from engine import logs
-from engine.backends.native import NativeEngine
 from engine.cache.sizing import readable
-from engine.config import EngineConfig
 from engine.errors import ConfigError, SeraphError
 from engine.request import Capabilities
-from engine.weights import PackedModel, load_model
+from server.launching import Launched, launch
 from server.settings import Settings, is_loopback, unknown_environment, version
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from engine.weights.progress_bar import RichProgress
 
 logger = logging.getLogger("seraph.server")
 
@@ -44,60 +38,26 @@ ECHO = 0.3
 TERMINATED = 128 + signal.SIGTERM
 
 
-class Bars:
-    """Progress bars that import their library when there is something to draw: a warm start has nothing."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console
-        self._bars: RichProgress | None = None
-
-    def start(self, label: str, total_bytes: int | None) -> None:
-        if self._bars is None:
-            from engine.weights.progress_bar import RichProgress
-
-            self._bars = RichProgress(self._console)
-        self._bars.start(label, total_bytes)
-
-    def advance(self, num_bytes: int) -> None:
-        if self._bars is not None:
-            self._bars.advance(num_bytes)
-
-    def done(self) -> None:
-        if self._bars is not None:
-            self._bars.done()
-
-    def close(self) -> None:
-        """Restore the terminal."""
-        if self._bars is not None:
-            self._bars.__exit__(None, None, None)
-
-
-def fetch(config: EngineConfig) -> PackedModel:
-    """Map a model, after fetching and packing it, with progress bars, where that has not happened yet."""
-    with contextlib.closing(Bars()) as bars:
-        return load_model(config.model, home=config.home, progress=bars, **config.load_options())
-
-
 def serve(settings: Settings) -> int:
     """Serve until a signal ends it; returns the exit status. Raises SeraphError for what keeps it from serving.
 
-    The order makes the start short: the port is taken before anything slow, the engine process maps its model while
-    this one imports the web framework and reads the tokenizer.
+    The order makes the start short: the port is taken before anything slow, the engine processes map their models, side
+    by side, while this one imports the web framework and reads the tokenizers.
     """
     signal.signal(signal.SIGTERM, _terminate)  # until the server takes over: as process 1 nothing would end us
     logs.configure(settings.log_level, settings.log_format)
     for name, meant in unknown_environment().items():
         logger.warning("%s is set in the environment and means nothing to Seraph; is it meant to be %s?", name, meant)
-    config, stated = settings.engine_config(), settings.generation_defaults()
+    settings.engine_configs()  # what cannot be is said before anything is done
+    stated = settings.generation_defaults()
     listener = bind(settings.host, settings.port)
     with listener:
-        model = fetch(config)
-        engine = NativeEngine(config)
-        engine.launch()
+        launched = launch(settings)
         try:
-            return _run(settings, engine, model, stated, listener)
+            return _run(settings, launched, stated, listener)
         finally:
-            engine.kill()
+            for one in launched:
+                one.engine.kill()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -144,24 +104,26 @@ def _unavailable(host: str, port: int, error: OSError) -> ConfigError:
 
 def _run(
     settings: Settings,
-    engine: NativeEngine,
-    model: PackedModel,
+    launched: Sequence[Launched],
     stated: Mapping[str, float] | None,
     listener: socket.socket,
 ) -> int:
-    """Everything from the engine's launch to its end."""
-    # Imported here, while the engine process is busy with its own start.
+    """Everything from the engines' launch to their end."""
+    # Imported here, while the engine processes are busy with their own start.
     import uvicorn
     import uvloop
 
-    from engine.text import ModelText
     from server.app import create_app
+    from server.loading import served
     from server.protocol import BoundedProtocol
     from server.routes.service import Service
 
-    text = ModelText.from_info(model.info, chat_template=settings.chat_template_source())
-    defaults = model.info.generation_defaults if stated is None else stated
-    model.close()  # its weights are the engine process's
+    models = [
+        served(settings, stated, one.packed, one.engine, names=one.names, source=one.source, host=one.host)
+        for one in launched
+    ]
+    for one in launched:
+        one.packed.close()  # its weights are the engine process's
     failure: SeraphError | None = None
     status = 0
     first = (signal.SIGTERM, 0.0)
@@ -190,7 +152,7 @@ def _run(
                 first = (number, time.monotonic())
                 self.should_exit = service.draining = True
                 # What is still running when the time is over fails as by a dead engine: with a proper error.
-                tasks.append(asyncio.create_task(engine.stop(drain=settings.drain_timeout)))
+                tasks.append(asyncio.create_task(service.stop(drain=settings.drain_timeout)))
             elif not self.force_exit and (first[0] != number or time.monotonic() - first[1] > ECHO):
                 self.force_exit = True
                 status = 128 + number
@@ -200,7 +162,7 @@ def _run(
 
         async def cut_off(self) -> None:
             """End every request: with a proper error where its caller reads it in time, else with its connection."""
-            await engine.stop(drain=0.0)
+            await service.stop(drain=0.0)
             running = self.server_state.tasks
             if running:
                 await asyncio.wait(running, timeout=LAST_WORDS)
@@ -221,12 +183,16 @@ def _run(
         failure = error
         if error is None:
             gc.freeze()  # what is loaded stays: later collections need not walk it
-            port, known = listener.getsockname()[1], engine.capabilities()
-            print(banner(settings, known, defaults, port, chats=text.template is not None), flush=True)
+            tables = [
+                Table(one.names, one.engine.capabilities(), one.generation_defaults, one.text.chats)
+                for one in models
+                if not one.host
+            ]
+            print(banner(settings, tables, listener.getsockname()[1]), flush=True)
         else:
             web.should_exit = True
 
-    app = create_app(settings, engine, text, generation_defaults=defaults, on_started=on_started)
+    app = create_app(settings, models, on_started=on_started)
     service: Service = app.state.service
     web = Server(
         uvicorn.Config(
@@ -246,7 +212,7 @@ def _run(
         try:
             await web.serve(sockets=[listener])
         finally:
-            await asyncio.gather(*tasks, engine.stop(drain=0.0))
+            await asyncio.gather(*tasks, service.stop(drain=0.0))
 
     watch_peers(listener, settings.send_timeout)
     try:
@@ -260,31 +226,45 @@ def _run(
     return status
 
 
-def banner(
-    settings: Settings, known: Capabilities, defaults: Mapping[str, float], port: int, *, chats: bool = True
-) -> str:
-    """What a start says: the model, what it runs on, what fits, who may come in, where it listens, how to try it.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What a start says of one model; `chats`: it has a chat template."""
 
-    `chats`: the model has a chat template.
-    """
+    names: Sequence[str]
+    known: Capabilities
+    defaults: Mapping[str, float]
+    chats: bool = True
+
+    def rows(self) -> dict[str, str]:
+        known = self.known
+        return {
+            "model": ", ".join(self.names),
+            "weights": _weights(known),
+            "kernels": f"{known.isa}, {known.threads} thread{'s' if known.threads != 1 else ''}",
+            "context": _context(known),
+            "KV cache": _kv_cache(known),
+            "sampling": ", ".join(f"{name} {value:g}" for name, value in self.defaults.items()),
+        }
+
+
+def banner(settings: Settings, tables: Sequence[Table], port: int) -> str:
+    """What a start says: each model, what it runs on, what fits; who may come in, where it listens, how to try it."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reachable = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else host
-    rows = {
-        "model": ", ".join(settings.model_names),
-        "weights": _weights(known),
-        "kernels": f"{known.isa}, {known.threads} thread{'s' if known.threads != 1 else ''}",
-        "context": _context(known),
-        "KV cache": _kv_cache(known),
-        "sampling": ", ".join(f"{name} {value:g}" for name, value in defaults.items()),
+    door = {
         "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
+        "embeddings": "" if settings.embedding_model is None else settings.model_names[-1][0],
+        "admin": "/admin/models, by its key" if settings.admin_key else "",
         "listening": f"http://{host}:{port}",
     }
     path, asked = "completions", dict[str, object](prompt="The capital of France is")
-    if chats:
+    if tables[0].chats:
         path, asked = "chat/completions", {"messages": [{"role": "user", "content": "Tell me the capital of France."}]}
-    body = json.dumps({"model": settings.model_names[0], **asked})
+    body = json.dumps({"model": tables[0].names[0], **asked})
     key = ' -H "authorization: Bearer $SERAPH_API_KEY"' if settings.api_key else ""
-    table = "\n".join(f"  {name:<10} {value}" for name, value in rows.items() if value)
+    *others, last = [table.rows() for table in tables]
+    blocks = [*others, last | door]
+    table = "\n\n".join("\n".join(f"  {name:<10} {value}" for name, value in rows.items() if value) for rows in blocks)
     curl = f"curl http://{reachable}:{port}/v1/{path} -H 'content-type: application/json'{key} -d '{body}'"
     return f"Seraph {version()}\n\n{table}\n\nTry it:\n\n  {curl}\n"
 

@@ -36,6 +36,7 @@ from server.options import (
     FILE,
     GENERATION,
     MEMORY,
+    SOURCE,
     SWITCH,
     TEXT,
     GenerationConfig,
@@ -66,8 +67,19 @@ MAX_TOKENS = 1 << 28
 class Settings:
     """Everything `seraph serve` is told. Raises ConfigError where values do not go together."""
 
-    model: str = option(
-        DEFAULT_MODEL, "Model to serve: an alias of the catalogue or a source.", TEXT, MODEL, positional=True
+    model: tuple[str, ...] = option(
+        (DEFAULT_MODEL,),
+        "Models to serve, each an alias of the catalogue or a source. The settings below count for every one of them.",
+        SOURCE,
+        MODEL,
+        positional=True,
+        repeatable=True,
+    )
+    embedding_model: str | None = option(
+        None,
+        "Model for embeddings, an encoder; it shares the process and the threads of the first model, which goes first.",
+        SOURCE,
+        MODEL,
     )
     quantization: str = option(
         "auto",
@@ -78,7 +90,8 @@ class Settings:
     )
     served_model_name: tuple[str, ...] = option(
         (),
-        "Names of the model in the API, several after one flag; by default the alias or the source's last part.",
+        "Names of the model in the API, several after one flag; of several models one each, in their order; by default "
+        "the alias or the source's last part.",
         TEXT,
         MODEL,
         repeatable=True,
@@ -107,6 +120,20 @@ class Settings:
     api_key: tuple[str, ...] = option(
         (), "Key that callers must send (Bearer or x-api-key). Repeatable.", TEXT, ACCESS, repeatable=True, secret=True
     )
+    admin_key: tuple[str, ...] = option(
+        (),
+        "Key that opens /admin, which loads and unloads models; without one it is closed. Repeatable.",
+        TEXT,
+        ACCESS,
+        repeatable=True,
+        secret=True,
+    )
+    allow_remote_load: bool = option(
+        False,
+        "Let /admin load what is not in the catalogue too: any source, files and folders of this machine among them.",
+        SWITCH,
+        ACCESS,
+    )
     insecure: bool = option(False, "Allow listening beyond loopback without a key.", SWITCH, ACCESS)
     allowed_host: tuple[str, ...] = option(
         (), "Further Host header to accept on a loopback address, or *. Repeatable.", TEXT, ACCESS, repeatable=True
@@ -124,7 +151,8 @@ class Settings:
     )
     kv_cache_memory: str | None = option(
         None,
-        "Memory for keys and values of all requests, as 2GiB; 25% is of what the machine and the cgroup give.",
+        "Memory for keys and values of all requests, as 2GiB; 25% is of what the machine and the cgroup give. Several "
+        "models get equal shares of it.",
         MEMORY,
         MEMORY_GROUP,
         shown_default=f"{AUTO_KV_TOKENS} tokens or max-model-len, whichever is more, as far as {AUTO_KV_SHARE:.0%} "
@@ -132,7 +160,8 @@ class Settings:
     )
     kv_cache_tokens: int | None = option(
         None,
-        f"The same exactly, as a number of tokens (in blocks of {BLOCK_SIZE}); not together with kv-cache-memory.",
+        f"The same exactly, as a number of tokens of each model (in blocks of {BLOCK_SIZE}); not together with "
+        "kv-cache-memory.",
         integer(MIN_KV_TOKENS, MAX_TOKENS),
         MEMORY_GROUP,
     )
@@ -166,7 +195,9 @@ class Settings:
         choice(*HUGE_PAGES),
         MACHINE,
     )
-    threads: int = option(0, "Threads of the engine; 0: every CPU this process may use.", integer(0, 1024), MACHINE)
+    threads: int = option(
+        0, "Threads of each model's engine; 0: every CPU this process may use.", integer(0, 1024), MACHINE
+    )
     isa: str = option("auto", "Instruction set of the kernels.", choice("auto", *ISAS), MACHINE)
 
     max_body_bytes: int = option(4 << 20, "Largest request body in bytes.", integer(1024, 1 << 30, "BYTES"), REQUESTS)
@@ -207,11 +238,22 @@ class Settings:
                 f"--host {self.host} can be reached from other machines: set a key with --api-key or SERAPH_API_KEY, "
                 "or pass --insecure to let everyone in."
             )
+        if not self.model:
+            raise ConfigError("model must name at least one model.")
+        if set(self.admin_key) & set(self.api_key):
+            raise ConfigError("--admin-key and --api-key must differ: callers must not be able to unload models.")
+        self.model_names  # noqa: B018  # that they can be told apart is known before anything is fetched
 
-    def engine_config(self) -> EngineConfig:
-        """The part of the settings that the engine is told. Raises ConfigError."""
+    def engine_configs(self) -> list[EngineConfig]:
+        """What each model's engine is told, before their memory is divided. Raises ConfigError."""
+        configs = [self.engine_config(model) for model in self.model]
+        configs[0] = dataclasses.replace(configs[0], embedding_model=self.embedding_model)
+        return configs
+
+    def engine_config(self, model: str) -> EngineConfig:
+        """The part of the settings that the engine of `model` is told. Raises ConfigError."""
         return EngineConfig(
-            model=self.model,
+            model=model,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -251,9 +293,34 @@ class Settings:
             raise ConfigError(f"--chat-template {self.chat_template} cannot be read: {error}.") from None
 
     @property
-    def model_names(self) -> tuple[str, ...]:
-        """Names the API knows the model by: `served_model_name`, else the one that its source gives."""
-        return self.served_model_name or (_name_of(self.model),)
+    def model_names(self) -> list[tuple[str, ...]]:
+        """Names the API knows each model by: `served_model_name`, else the one that its source gives.
+
+        Raises ConfigError where a name would stand for two.
+        """
+        given, models = self.served_model_name, self.model
+        if len(models) == 1:
+            names = [given or (name_of(models[0]),)]
+        elif not given:
+            names = [(name_of(model),) for model in models]
+        elif len(given) == len(models):
+            names = [(name,) for name in given]
+        else:
+            raise ConfigError(
+                f"--served-model-name must name each of the {len(models)} models once, in their order, "
+                f"got {', '.join(given)}."
+            )
+        if self.embedding_model is not None:
+            names.append((name_of(self.embedding_model),))
+        taken: set[str] = set()
+        for own in names:
+            if (twice := taken.intersection(own)) and len(names) > 1:
+                raise ConfigError(
+                    f"Two models would be called {min(twice)!r}: give each a name of its own, in their order, with "
+                    "--served-model-name."
+                )
+            taken.update(own)
+        return names
 
 
 def options() -> Iterator[Option]:
@@ -273,7 +340,7 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str] | None = No
     for declared in options():
         given = flags.get(declared.name)
         from_environment = environment.get(declared.environment_name, "")
-        if given is not None and given != ():
+        if given not in (None, (), []):
             values[declared.name] = _parse(declared, declared.flag, given)
         elif from_environment:
             parts: Any = from_environment
@@ -313,13 +380,16 @@ def is_loopback(host: str) -> bool:
 
 
 @functools.cache
-def _name_of(source: str) -> str:
+def name_of(source: str, *, strict: bool = False) -> str:
+    """The name that a source gives its model. What is no source names itself, or with `strict` raises SourceError."""
     from engine.weights.source import model_id
 
     try:
         return model_id(source)
-    except SourceError:  # for whoever loads it to say
-        return source
+    except SourceError:
+        if strict:
+            raise
+        return source  # for whoever loads it to say
 
 
 def _parse(declared: Option, key: str, given: Any) -> Any:

@@ -19,9 +19,9 @@ from engine import logs
 from engine.backends.base import Engine
 from engine.backends.native import NativeEngine
 from engine.config import DEFAULT_MODEL
-from engine.errors import ContextLengthError, EngineError, RequestError, SeraphError, UnsupportedModelError
+from engine.errors import ConfigError, ContextLengthError, EngineError, RequestError, SeraphError, UnsupportedModelError
 from engine.request import FinishReason, Request, SamplingParams
-from server.serving import fetch
+from server.launching import fetch
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -108,7 +108,10 @@ class RemotePartner:
         response = await self._client.get("/v1/models")
         if response.status_code != 200:
             raise _as_error(response.status_code, response.content)
-        return str(response.json()["data"][0]["id"])
+        models = [model for model in response.json()["data"] if model.get("kind", "generate") == "generate"]
+        if not models:
+            raise RequestError(f"{self._client.base_url} has no model to talk to.")
+        return str(models[0]["id"])
 
 
 def _as_error(status: int, body: bytes) -> SeraphError:
@@ -180,8 +183,12 @@ class Conversation:
 def chat(settings: Settings, *, url: str, asked: Mapping[str, float], system: str) -> None:
     """Talk until the user ends it: to the server at `url`, or, where it is empty, to an engine started for this.
 
-    `asked` are the sampling fields that the user gave, by the API's names. Raises RequestError where they cannot be.
+    `asked` are the sampling fields that the user gave, by the API's names. Raises RequestError where they cannot
+    be, and ConfigError for more than one model.
     """
+    if len(settings.model) != 1:
+        raise ConfigError(f"A chat is with one model, got {', '.join(settings.model)}.")
+    (source,) = settings.model
     SamplingParams.from_defaults(asked)
     logs.configure(settings.log_level, settings.log_format)
     with contextlib.suppress(ImportError):
@@ -196,12 +203,12 @@ def chat(settings: Settings, *, url: str, asked: Mapping[str, float], system: st
             # A terminal on this machine speaks to the server it names, not to a proxy that the environment names.
             client = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
             try:
-                partner = RemotePartner(client, "" if settings.model == DEFAULT_MODEL else settings.model, asked)
+                partner = RemotePartner(client, "" if source == DEFAULT_MODEL else source, asked)
                 Conversation(partner, system).run(runner)
             finally:
                 runner.run(client.aclose())
             return
-        config, stated = settings.engine_config(), settings.generation_defaults()
+        config, stated = settings.engine_config(source), settings.generation_defaults()
         model = fetch(config)
         defaults = model.info.generation_defaults if stated is None else stated
         sampling = SamplingParams.from_defaults({"temperature": TEMPERATURE, **defaults, **asked})
@@ -211,7 +218,7 @@ def chat(settings: Settings, *, url: str, asked: Mapping[str, float], system: st
             from engine.text import ModelText
 
             text = ModelText.from_info(model.info, chat_template=settings.chat_template_source())
-            if text.template is None:
+            if not text.chats:
                 raise UnsupportedModelError(
                     f"a chat needs a chat template, and {model.name} has none: give one with --chat-template, or have "
                     "text continued through /v1/completions of `seraph serve`."

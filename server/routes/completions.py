@@ -8,6 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.admission import Principal
+from server.kinds import Kind
+from server.registry import ServedModel
 from server.routes.body import read_body
 from server.routes.service import Service, answer_id, principal_of, service_of
 from server.schemas.common import need_tokens
@@ -31,30 +33,30 @@ async def create_completion(
 ) -> Response:
     """Continue one or more texts, whole or streamed."""
     body, headers = await read_body(request, service, CompletionRequest, limit=service.settings.max_body_bytes)
-    service.need_model(body.model)
-    vocab_size = service.need_ready().vocab_size
-    prompts = [await _token_ids(service, prompt, body, vocab_size) for prompt in body.prompts()]
+    model = service.need_model(body.model, Kind.GENERATE, "completions")
+    vocab_size = service.need_ready(model).vocab_size
+    prompts = [await _token_ids(service, model, prompt, body, vocab_size) for prompt in body.prompts()]
     id, created = answer_id("cmpl"), int(time.time())
     choices = service.choices(
-        body, prompts, answer_id=id, principal=principal, param="prompt", default_max_tokens=DEFAULT_MAX_TOKENS
+        model, body, prompts, answer_id=id, principal=principal, param="prompt", default_max_tokens=DEFAULT_MAX_TOKENS
     )
-    preludes = _echoes(service, body) if body.echo else []
+    preludes = _echoes(model, body) if body.echo else []
     if body.stream:
         encoder = CompletionChunks(
             id=id,
             created=created,
             model=body.model,
-            fingerprint=service.fingerprint(),
+            fingerprint=service.fingerprint(model),
             with_usage=body.include_usage,
         )
-        events = service.events(choices, request, encoder, body, preludes)
+        events = service.events(model, choices, request, encoder, body, preludes)
         return EventStream(events, headers=headers, request_id=request.state.request_id)
-    answers, usage = await service.whole(choices, request)
+    answers, usage = await service.whole(model, choices, request)
     answer = Completion(
         id=id,
         created=created,
         model=body.model,
-        system_fingerprint=service.fingerprint(),
+        system_fingerprint=service.fingerprint(model),
         choices=[
             CompletionChoice(
                 index=i,
@@ -68,14 +70,16 @@ async def create_completion(
     return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
 
 
-async def _token_ids(service: Service, prompt: str | list[int], body: CompletionRequest, vocab_size: int) -> list[int]:
+async def _token_ids(
+    service: Service, model: ServedModel, prompt: str | list[int], body: CompletionRequest, vocab_size: int
+) -> list[int]:
     if isinstance(prompt, str):
-        return await service.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        return await service.encode(model, prompt, add_special_tokens=body.add_special_tokens is not False)
     need_tokens("prompt", prompt, vocab_size)
     return prompt
 
 
-def _echoes(service: Service, body: CompletionRequest) -> list[str]:
+def _echoes(model: ServedModel, body: CompletionRequest) -> list[str]:
     """Each choice's prompt as text, by index."""
-    texts = [prompt if isinstance(prompt, str) else service.text.decode(prompt) for prompt in body.prompts()]
+    texts = [prompt if isinstance(prompt, str) else model.text.decode(prompt) for prompt in body.prompts()]
     return [text for text in texts for _ in range(body.num_choices)]

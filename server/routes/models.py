@@ -8,19 +8,25 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from server.admission import Principal
+from server.errors import NotReadyError
+from server.registry import ServedModel
 from server.routes.service import Service, principal_of, service_of
 from server.schemas.models import Model, ModelList
 
 router = APIRouter()
 
 
-def _model(service: Service, name: str, max_model_len: int) -> Model:
+def _model(model: ServedModel, name: str) -> Model:
+    if model.known is None:
+        raise NotReadyError(f"The engine of {model.name} is {model.state}. Try again later.")
     return Model(
         id=name,
-        created=service.created,
-        root=_public(service.settings.model),
-        max_model_len=max_model_len,
-        generation_defaults=dict(service.generation_defaults),
+        created=model.created,
+        root=_public(model.source),
+        max_model_len=model.known.max_model_len,
+        generation_defaults=dict(model.generation_defaults),
+        kind=model.kind,
+        state=model.state,
     )
 
 
@@ -33,9 +39,8 @@ def _public(source: str) -> str:
 async def list_models(
     service: Annotated[Service, Depends(service_of)], principal: Annotated[Principal, Depends(principal_of)]
 ) -> ModelList:
-    """The models served here."""
-    max_model_len = service.need_ready().max_model_len
-    return ModelList(data=[_model(service, name, max_model_len) for name in service.settings.model_names])
+    """The models served here, under each of their names."""
+    return ModelList(data=[_model(model, name) for model in service.models for name in model.names])
 
 
 @router.get("/v1/models/{id:path}")
@@ -45,5 +50,4 @@ async def get_model(
     principal: Annotated[Principal, Depends(principal_of)],
 ) -> Model:
     """One model."""
-    service.need_model(id)
-    return _model(service, id, service.need_ready().max_model_len)
+    return _model(service.need_model(id), id)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from starlette.requests import Request as HTTPRequest
 
 from engine import logs
-from engine.backends.base import Engine
 from engine.errors import ContextLengthError, RequestError
 from engine.request import Capabilities, Request
-from server.admission import Gate, Principal
+from server.admission import Principal
 from server.errors import ModelNotFoundError, NotReadyError
-from server.generation import Answer, Choice, Generation, Text
+from server.generation import Answer, Choice, Generation
+from server.kinds import Kind, need_kind
+from server.loading import Loader
 from server.metrics import Metrics
+from server.registry import Registry, ServedModel
 from server.schemas.common import ChunkEncoder, GenerationBody, Usage, concrete_seed
 from server.settings import Settings, version
 from server.streaming import DONE, KEEP_ALIVE
@@ -38,75 +39,92 @@ class Service:
     """The application's state: one per app, made by create_app."""
 
     settings: Settings
-    engine: Engine
-    text: Text
     metrics: Metrics
-    gate: Gate
-    generation_defaults: Mapping[str, float] = field(default_factory=dict)  # fields that a request leaves out
+    models: Registry
+    loader: Loader
     draw_seed: Callable[[], int] = _draw_seed
-    created: int = field(default_factory=lambda: int(time.time()))
-    started: bool = False  # the engine's start has ended, well or not
     draining: bool = False
-    _fingerprint: str = ""
+
+    @property
+    def started(self) -> bool:
+        """Every engine's start has ended, well or not."""
+        return all(model.started for model in self.models)
 
     @property
     def status(self) -> str:
-        """starting, ready, restarting, draining or dead."""
-        if self.draining:
-            return "draining"
-        if self.engine.ready:
-            return "ready"
-        if not self.started:
-            return "starting"
-        return "restarting" if self.engine.alive else "dead"
+        """starting, ready, restarting, draining, dead or, where every model was unloaded, empty."""
+        return "draining" if self.draining else self.models.state
 
-    @property
-    def model_name(self) -> str:
-        return self.settings.model_names[0]
+    async def stop(self, drain: float) -> None:
+        """End every model as `Engine.stop` does, and all that is being loaded. Idempotent."""
+        staying = {id(model.engine): model.engine for model in self.models if not model.draining}
+        await asyncio.gather(self.loader.close(drain), *(engine.stop(drain) for engine in staying.values()))
+        await asyncio.gather(*(model.engine.stop(drain=0.0) for model in self.models if model.draining))
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, model: ServedModel) -> str:
         """`system_fingerprint`: equal fingerprints and seeds give equal answers."""
-        if not self._fingerprint:
-            known = self.engine.capabilities()
+        if not model.fingerprint:
+            known = model.engine.capabilities()
             what = (version(), known.engine, known.model, known.checkpoint_format, known.weights, known.isa)
-            limits = (known.max_model_len, self.settings.default_max_tokens, sorted(self.generation_defaults.items()))
-            self._fingerprint = "fp_" + hashlib.sha256(repr((what, limits)).encode()).hexdigest()[:12]
-        return self._fingerprint
+            limits = (known.max_model_len, self.settings.default_max_tokens, sorted(model.generation_defaults.items()))
+            model.fingerprint = "fp_" + hashlib.sha256(repr((what, limits)).encode()).hexdigest()[:12]
+        return model.fingerprint
 
-    def need_model(self, name: str) -> None:
-        """Raises ModelNotFoundError unless a model of that name is served."""
-        if name not in self.settings.model_names:
-            served = ", ".join(self.settings.model_names)
-            raise ModelNotFoundError(
-                f"The model {name[:128]!r} does not exist here; this server has {served}.", param="model"
-            )
+    def need_model(self, name: str | None, kind: Kind | None = None, what: str = "") -> ServedModel:
+        """The model of that name; without a name the only one there is.
 
-    def need_ready(self) -> Capabilities:
+        Raises ModelNotFoundError where there is none, NotReadyError for one that is being loaded, and RequestError
+        unless it is of the `kind` that `what` needs (None: any will do).
+        """
+        served = ", ".join(self.models.names) or "none"
+        if name is None:
+            if len(self.models) != 1:
+                raise RequestError(
+                    f"model is missing: name one of those that this server has ({served}).",
+                    param="model",
+                    code="missing_required_parameter",
+                )
+            (model,) = self.models
+        else:
+            found = self.models.find(name)
+            if found is None:
+                if (load := self.loader.find(name)) is not None and load.is_under_way:
+                    raise NotReadyError(f"The model {name!r} is being loaded ({load.step}). Try again later.")
+                raise ModelNotFoundError(
+                    f"The model {name[:128]!r} does not exist here; this server has {served}.", param="model"
+                )
+            model = found
+        if kind is not None:
+            need_kind(model.name, model.kind, kind, what)
+        return model
+
+    def need_ready(self, model: ServedModel) -> Capabilities:
         """The engine's capabilities. Raises NotReadyError while it cannot take a request."""
-        if (status := self.status) != "ready":
-            raise NotReadyError(f"The engine is {status}. Try again later.")
-        return self.engine.capabilities()
+        if (status := "draining" if self.draining else model.state) != "ready":
+            raise NotReadyError(f"The engine of {model.name} is {status}. Try again later.")
+        return model.engine.capabilities()
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def encode(self, model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a plain text."""
         if len(text) < LONG_TEXT:
-            return self.text.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.text.encode, text, add_special_tokens=add_special_tokens)
+            return model.text.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(model.text.encode, text, add_special_tokens=add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    async def encode_chat(self, model: ServedModel, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation."""
         if sum(len(message["content"]) for message in messages) < LONG_TEXT:
-            return self.text.encode_chat(messages)
-        return await asyncio.to_thread(self.text.encode_chat, messages)
+            return model.text.encode_chat(messages)
+        return await asyncio.to_thread(model.text.encode_chat, messages)
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, model: ServedModel, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens among it."""
         if len(token_ids) < LONG_TEXT:
-            return self.text.decode(token_ids, skip_special=False)
-        return await asyncio.to_thread(self.text.decode, token_ids, skip_special=False)
+            return model.text.decode(token_ids, skip_special=False)
+        return await asyncio.to_thread(model.text.decode, token_ids, skip_special=False)
 
     def choices(
         self,
+        model: ServedModel,
         body: GenerationBody,
         prompts: Sequence[Sequence[int]],
         *,
@@ -121,7 +139,7 @@ class Service:
         for a prompt that leaves no room. A limit on the answer is, in this order, the request's, the operator's, the
         generation config's, `default_max_tokens`, and what the context leaves.
         """
-        known, defaults = self.engine.capabilities(), self.generation_defaults
+        known, defaults = model.engine.capabilities(), model.generation_defaults
         usual = self.settings.default_max_tokens or int(defaults.get("max_tokens", 0)) or default_max_tokens
         seed = concrete_seed(body.seed, self.draw_seed())
         choices: list[Choice] = []
@@ -148,23 +166,27 @@ class Service:
                     cache_salt=body.cache_salt or "",  # the engine keeps tenants apart by itself
                     trace=logs.current_request(),
                 )
-                choices.append(Choice(index, request, self.text.stream(sampling.stop, sampling.min_tokens)))
+                choices.append(Choice(index, request, model.text.stream(sampling.stop, sampling.min_tokens)))
         return choices
 
     @asynccontextmanager
-    async def generate(self, choices: Sequence[Choice], http: HTTPRequest) -> AsyncIterator[Generation]:
+    async def generate(
+        self, model: ServedModel, choices: Sequence[Choice], http: HTTPRequest
+    ) -> AsyncIterator[Generation]:
         """Run choices, holding room for them at the gate."""
-        with self.gate.enter(len(choices)):
+        with model.gate.enter(len(choices)):
             async with Generation(
-                self.engine, choices, receive=http.receive, metrics=self.metrics, arrived=http.state.arrived
+                model.engine, choices, receive=http.receive, metrics=model.metrics, arrived=http.state.arrived
             ) as generation:
                 http.state.generation = generation  # for the access log
                 yield generation
 
-    async def whole(self, choices: Sequence[Choice], http: HTTPRequest) -> tuple[list[Answer], Usage]:
+    async def whole(
+        self, model: ServedModel, choices: Sequence[Choice], http: HTTPRequest
+    ) -> tuple[list[Answer], Usage]:
         """Whole answers, by index."""
         answers = [Answer() for _ in choices]
-        async with self.generate(choices, http) as generation:
+        async with self.generate(model, choices, http) as generation:
             while not generation.is_done():
                 for piece in await generation.pieces():
                     answer = answers[piece.index]
@@ -174,6 +196,7 @@ class Service:
 
     async def events(
         self,
+        model: ServedModel,
         choices: Sequence[Choice],
         http: HTTPRequest,
         encoder: ChunkEncoder,
@@ -183,7 +206,7 @@ class Service:
         """Server-sent events of streamed answers. `preludes`, by index, is text that comes before a choice's own."""
         interval = self.settings.keep_alive_interval
         begun: set[int] = set()
-        async with self.generate(choices, http) as generation:
+        async with self.generate(model, choices, http) as generation:
             while not generation.is_done():
                 pieces = await generation.pieces(interval)
                 usage = generation.usage() if body.continuous_usage else None

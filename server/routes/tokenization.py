@@ -24,13 +24,12 @@ async def tokenize(
 ) -> Response:
     """The token ids of a text, or of a conversation up to where its answer begins."""
     body, headers = await read_body(request, service, TokenizeRequest, limit=service.settings.max_body_bytes)
-    if body.model is not None:
-        service.need_model(body.model)
-    max_model_len = service.need_ready().max_model_len
+    model = service.need_model(body.model)
+    max_model_len = service.need_ready(model).max_model_len
     if body.prompt is None:
-        tokens = await service.encode_chat(body.for_template())
+        tokens = await service.encode_chat(model, body.for_template())
     else:
-        tokens = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        tokens = await service.encode(model, body.prompt, add_special_tokens=body.add_special_tokens is not False)
     return _answer(Tokenized(count=len(tokens), max_model_len=max_model_len, tokens=tokens), headers)
 
 
@@ -42,10 +41,9 @@ async def detokenize(
 ) -> Response:
     """The text of token ids, special tokens among it: what `/tokenize` took, where that was whole characters."""
     body, headers = await read_body(request, service, DetokenizeRequest, limit=service.settings.max_body_bytes)
-    if body.model is not None:
-        service.need_model(body.model)
-    need_tokens("tokens", body.tokens, service.need_ready().vocab_size)
-    return _answer(Detokenized(prompt=await service.decode(body.tokens)), headers)
+    model = service.need_model(body.model)
+    need_tokens("tokens", body.tokens, service.need_ready(model).vocab_size)
+    return _answer(Detokenized(prompt=await service.decode(model, body.tokens)), headers)
 
 
 def _answer(answer: BaseModel, headers: dict[str, str]) -> Response:

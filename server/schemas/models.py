@@ -6,13 +6,17 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from server.kinds import Kind
+
 
 class Model(BaseModel):
     """One served model.
 
     `max_model_len` is the longest context in tokens. `root` is what the model was loaded from, without the folders of
     this machine; load generators take their tokenizer by it where they are given none. `generation_defaults` are the
-    sampling fields that a request gets where it leaves them out.
+    sampling fields that a request gets where it leaves them out. `kind` is what it is for ("generate": chat and
+    completions, "embed": embeddings), `state` whether it would take a request now: ready, or starting, restarting,
+    draining, dead.
     """
 
     id: str
@@ -23,6 +27,8 @@ class Model(BaseModel):
     parent: None = None
     max_model_len: int
     generation_defaults: dict[str, float]
+    kind: Kind
+    state: str
 
 
 class ModelList(BaseModel):

@@ -17,7 +17,7 @@ class TokenizeRequest(RequestBody):
 
     fields: ClassVar[Table] = TOKENIZE_FIELDS
 
-    model: str | None = Field(None, min_length=1, description="A model id; by default the one that is served.")
+    model: str | None = Field(None, min_length=1, description="A model id; may be left out where there is one.")
     prompt: str | None = Field(None, description="A text. Either this or messages.")
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = Field(None, description="Whether a text gets the model's BOS; by default yes.")
@@ -51,7 +51,7 @@ class DetokenizeRequest(RequestBody):
 
     fields: ClassVar[Table] = DETOKENIZE_FIELDS
 
-    model: str | None = Field(None, min_length=1, description="A model id; by default the one that is served.")
+    model: str | None = Field(None, min_length=1, description="A model id; may be left out where there is one.")
     tokens: list[int]
 
 

@@ -59,7 +59,7 @@ def texts_of(response: httpx.Response) -> dict[int, str]:
 
 def metric(client: httpx.Client, name: str) -> float:
     lines = client.get("/metrics").text.splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
+    return float(next(line.split()[-1] for line in lines if line.startswith(name + "{")))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:

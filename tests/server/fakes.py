@@ -63,6 +63,7 @@ class FakeEngine:
         self.alive = False
         self.ready = False
         self.stopped = False
+        self.pid: int | None = None
 
     async def start(self) -> None:
         if self.may_start is not None:
@@ -133,6 +134,8 @@ class FakeStream:
 
 class FakeText:
     """One token per ASCII character."""
+
+    chats = True
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return [BOS] + [ord(c) % VOCAB_SIZE for message in messages for c in message["content"]]

@@ -15,6 +15,7 @@ import uvicorn
 
 from server.app import create_app
 from server.protocol import BoundedProtocol
+from server.registry import ServedModel
 from server.routes.service import Service
 from server.serving import bind, watch_peers
 from server.settings import Settings
@@ -24,7 +25,21 @@ Client = httpx.AsyncClient
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**{"model": "m", **changes})
+    return Settings(**{"model": ("m",), **changes})
+
+
+def served(
+    engine: FakeEngine, configured: Settings | None = None, *, defaults: Mapping[str, float] | None = None
+) -> ServedModel:
+    """The first model of the settings, over a scripted engine."""
+    configured = configured or settings()
+    return ServedModel(
+        names=configured.model_names[0],
+        source=configured.model[0],
+        engine=engine,
+        text=FakeText(),
+        generation_defaults=defaults or {},
+    )
 
 
 def chat(content: Any = "Hi", **fields: Any) -> dict[str, Any]:
@@ -41,7 +56,8 @@ async def client_for(
     defaults: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Client]:
     """A client of an application whose engine has started; `defaults` are its generation defaults."""
-    app = create_app(configured or settings(), engine, FakeText(), generation_defaults=defaults or {})
+    configured = configured or settings()
+    app = create_app(configured, [served(engine, configured, defaults=defaults)])
     async with app.router.lifespan_context(app):
         service: Service = app.state.service
         await wait_until(lambda: service.started)
@@ -88,7 +104,7 @@ async def listening(
 
     Protocol.head_timeout = head_timeout
     configured = configured or settings()
-    app = create_app(configured, engine, FakeText())
+    app = create_app(configured, [served(engine, configured)])
     config = uvicorn.Config(app, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False)
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:

@@ -300,7 +300,7 @@ def test_several_names_after_one_flag(arguments: str, model: str, names: tuple[s
     one = typer.Typer()
     one.command(cls=SettingsCommand)(takes_settings()(lambda settings: seen.append(settings)))
     assert cli.invoke(one, arguments.split(), env={"SERAPH_MODEL": ""}).exit_code == 0
-    assert (seen[0].model, seen[0].model_names, seen[0].port) == (model, names, port)
+    assert (seen[0].model, seen[0].model_names, seen[0].port) == ((model,), [names], port)
 
 
 def test_a_flag_without_its_value_is_refused() -> None:

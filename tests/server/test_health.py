@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import ModelError, SeraphError
 from server.app import create_app
-from tests.server.fakes import MAX_MODEL_LEN, FakeEngine, FakeText
-from tests.server.support import Client, chat, client_for, settings, wait_until
+from tests.server.fakes import MAX_MODEL_LEN, FakeEngine
+from tests.server.support import Client, chat, client_for, served, settings, wait_until
 
 
 async def status_of(client: Client) -> tuple[str, int, int, int]:
@@ -23,7 +23,7 @@ async def status_of(client: Client) -> tuple[str, int, int, int]:
 async def test_starting_ready_restarting_dead_draining() -> None:
     engine = FakeEngine()
     engine.may_start = asyncio.Event()
-    app = create_app(settings(), engine, FakeText())
+    app = create_app(settings(), [served(engine)])
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         async with app.router.lifespan_context(app):
@@ -53,7 +53,7 @@ async def test_an_engine_that_does_not_start_is_told_once() -> None:
         async def start(self) -> None:
             raise ModelError("no such model")
 
-    app = create_app(settings(), Broken(), FakeText(), on_started=told.append)
+    app = create_app(settings(), [served(Broken())], on_started=told.append)
     async with app.router.lifespan_context(app):
         await wait_until(lambda: bool(told))
         assert app.state.service.status == "dead"
@@ -96,23 +96,23 @@ async def test_metrics_tell_what_happened(client: Client) -> None:
     assert value("seraph_http_requests_total", method="POST", route=route, status="400") == 1
     assert value("seraph_http_requests_total", method="", route="unmatched", status="404") == 1
     assert value("seraph_http_request_seconds_count", route=route) == 2
-    assert value("seraph_time_to_first_token_seconds_count") == 1
-    assert value("seraph_inter_token_latency_seconds_count") == 12
-    assert value("seraph_time_per_output_token_seconds_count") == 1
-    assert value("seraph_prompt_tokens_total") == 3
-    assert value("seraph_completion_tokens_total") == 13
-    assert value("seraph_choices_finished_total", reason="stop") == 1
-    assert value("seraph_sequences") == 0
-    assert value("seraph_engine_num_blocks") == 7
-    assert value("seraph_engine_steps_total") == 41
+    assert value("seraph_time_to_first_token_seconds_count", model="m") == 1
+    assert value("seraph_inter_token_latency_seconds_count", model="m") == 12
+    assert value("seraph_time_per_output_token_seconds_count", model="m") == 1
+    assert value("seraph_prompt_tokens_total", model="m") == 3
+    assert value("seraph_completion_tokens_total", model="m") == 13
+    assert value("seraph_choices_finished_total", model="m", reason="stop") == 1
+    assert value("seraph_sequences", model="m") == 0
+    assert value("seraph_engine_num_blocks", model="m") == 7
+    assert value("seraph_engine_steps_total", model="m") == 41
     assert "xxxx" not in text
 
 
 async def test_two_applications_count_apart() -> None:
     async with client_for(FakeEngine()) as one, client_for(FakeEngine()) as other:
         await one.post("/v1/chat/completions", json=chat())
-        assert "seraph_completion_tokens_total 13.0" in (await one.get("/metrics")).text
-        assert "seraph_completion_tokens_total 0.0" in (await other.get("/metrics")).text
+        assert 'seraph_completion_tokens_total{model="m"} 13.0' in (await one.get("/metrics")).text
+        assert 'seraph_completion_tokens_total{model="m"} 0.0' in (await other.get("/metrics")).text
 
 
 async def test_the_openapi_document_describes_the_bodies(client: Client) -> None:

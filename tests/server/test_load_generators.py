@@ -122,7 +122,7 @@ async def test_what_they_ask_before_they_start(client: Client) -> None:
     ],
 )
 async def test_the_root_of_a_model_names_no_folder(source: str, root: str) -> None:
-    async with client_for(FakeEngine(), settings(model=source, served_model_name=("a", "b"))) as client:
+    async with client_for(FakeEngine(), settings(model=(source,), served_model_name=("a", "b"))) as client:
         models = (await client.get("/v1/models")).json()["data"]
     assert [(model["id"], model["root"], model["parent"]) for model in models] == [("a", root, None), ("b", root, None)]
 

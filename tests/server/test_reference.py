@@ -34,7 +34,7 @@ def test_the_example_loads(tmp_path: Path) -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "seraph.toml").write_text(example)
     settings, default = resolve({"config": str(tmp_path / "seraph.toml")}, {}), Settings()
-    settings.engine_config()
+    settings.engine_configs()
     assert settings.generation_defaults() == {
         "temperature": 0.7,
         "top_p": 0.95,

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from engine.request import Capabilities, WeightsInfo
-from server.serving import banner
+from server.serving import Table, banner
 from tests.server.support import settings
 
 KNOWN = Capabilities(
@@ -29,7 +29,8 @@ KNOWN = Capabilities(
 
 
 def rows(known: Capabilities = KNOWN, defaults: dict[str, float] | None = None, **changes: Any) -> dict[str, str]:
-    text = banner(settings(**changes), known, defaults or {}, 9000)
+    configured = settings(**changes)
+    text = banner(configured, [Table(configured.model_names[0], known, defaults or {})], 9000)
     return {line[2:12].strip(): line[13:] for line in text.partition("Try it")[0].splitlines() if line.startswith("  ")}
 
 
@@ -65,7 +66,9 @@ def test_a_row(changes: dict[str, Any], row: str, said: str) -> None:
 
 
 def test_what_to_try_is_what_the_model_can_do() -> None:
-    chat, text = (banner(settings(), KNOWN, {}, 9000, chats=chats).partition("Try it")[2] for chats in (True, False))
+    chat, text = (
+        banner(settings(), [Table(("m",), KNOWN, {}, chats)], 9000).partition("Try it")[2] for chats in (True, False)
+    )
     assert "http://127.0.0.1:9000/v1/chat/completions " in chat
     assert "messages" in chat
     assert "http://127.0.0.1:9000/v1/completions " in text

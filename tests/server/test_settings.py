@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from engine.config import EngineConfig
+from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.errors import ConfigError
 from server.cli import app
 from server.options import Option
@@ -42,6 +42,7 @@ def test_switches(text: str, value: bool) -> None:
 
 VALUES: dict[str, tuple[str, str]] = {
     "model": ("x.gguf", " "),
+    "embedding_model": ("c.gguf", " "),
     "quantization": ("int8", "int2"),
     "served_model_name": ("a", " "),
     "chat_template": (__file__, "/no/such/file"),
@@ -50,6 +51,8 @@ VALUES: dict[str, tuple[str, str]] = {
     "host": ("localhost", " "),
     "port": ("9000", "70000"),
     "api_key": ("a", " "),
+    "admin_key": ("b", " "),
+    "allow_remote_load": ("on", "maybe"),
     "insecure": ("true", "maybe"),
     "allowed_host": ("a", " "),
     "cors_origin": ("*", " "),
@@ -153,13 +156,13 @@ def test_an_environment_of_commas_is_no_list() -> None:
 
 def test_values_that_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens"):
-        resolve({"max_num_seqs": "64", "max_num_batched_tokens": "8"}, {}).engine_config()
+        resolve({"max_num_seqs": "64", "max_num_batched_tokens": "8"}, {}).engine_configs()
 
 
 def test_the_engine_is_told_every_setting_it_has() -> None:
     changed = resolve(
         {
-            "model": "x.gguf",
+            "model": ["x.gguf"],
             "max_model_len": "100",
             "max_num_seqs": "3",
             "max_num_batched_tokens": "9",
@@ -173,10 +176,10 @@ def test_the_engine_is_told_every_setting_it_has() -> None:
             "isa": "avx2",
         },
         {},
-    ).engine_config()
+    ).engine_config("x.gguf")
     default = EngineConfig()
     same = {f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)}
-    assert same == {"home", "kv_cache_tokens"}  # the other way to say kv_cache_memory
+    assert same == {"home", "embedding_model", "kv_cache_tokens"}  # the last is another way to say kv_cache_memory
 
 
 def test_every_setting_is_declared_once_and_in_full() -> None:
@@ -185,7 +188,7 @@ def test_every_setting_is_declared_once_and_in_full() -> None:
     for one in declared:
         assert one.help.endswith(".") and one.environment_name.startswith("SERAPH_")
         if one.repeatable:
-            assert one.default == ()
+            assert one.default == (() if not one.positional else (DEFAULT_MODEL,))
 
 
 def test_misspelled_environment_names_are_found() -> None:
@@ -196,14 +199,45 @@ def test_misspelled_environment_names_are_found() -> None:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({}, ("smollm2-135m-instruct",)),
-        ({"model": "/models/a.gguf"}, ("a",)),
-        ({"model": "pypi:dist==1/pkg/b.gguf"}, ("b",)),
-        ({"model": "/models/a.gguf", "served_model_name": ("big", "small")}, ("big", "small")),
+        ({}, [("smollm2-135m-instruct",)]),
+        ({"model": ("/models/a.gguf",)}, [("a",)]),
+        ({"model": ("pypi:dist==1/pkg/b.gguf",)}, [("b",)]),
+        ({"model": ("/models/a.gguf",), "served_model_name": ("big", "small")}, [("big", "small")]),
+        ({"model": ("/models/a.gguf", "b.gguf"), "embedding_model": "c.gguf"}, [("a",), ("b",), ("c",)]),
+        ({"model": ("/x/a.gguf", "/y/a.gguf"), "served_model_name": ("x", "y")}, [("x",), ("y",)]),
     ],
 )
-def test_model_names(changes: dict[str, Any], names: tuple[str, ...]) -> None:
+def test_model_names(changes: dict[str, Any], names: list[tuple[str, ...]]) -> None:
     assert Settings(**changes).model_names == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": ("/x/a.gguf", "/y/a.gguf")}, "Two models would be called 'a': give each a name of its own"),
+        ({"model": ("a.gguf",), "embedding_model": "/y/a.gguf"}, "Two models would be called 'a'"),
+        ({"model": ("a.gguf", "b.gguf"), "served_model_name": ("x",)}, "must name each of the 2 models once"),
+        ({"model": ("a.gguf", "b.gguf"), "served_model_name": ("x", "x")}, "Two models would be called 'x'"),
+        ({"model": ()}, "at least one model"),
+        ({"api_key": ("same", "k"), "admin_key": ("same",)}, "--admin-key and --api-key must differ"),
+    ],
+)
+def test_names_and_keys_that_do_not_go_together(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Settings(**changes)
+
+
+def test_several_models(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('model = ["a.gguf", "b.gguf"]\nembedding-model = "c.gguf"\n')
+    for settings in (
+        resolve({"model": ["a.gguf", "b.gguf"], "embedding_model": "c.gguf"}, {}),
+        resolve({}, {"SERAPH_MODEL": "a.gguf, b.gguf", "SERAPH_EMBEDDING_MODEL": "c.gguf"}),
+        resolve({"config": str(tmp_path / "c.toml")}, {}),
+    ):
+        assert (settings.model, settings.embedding_model) == (("a.gguf", "b.gguf"), "c.gguf")
+        assert settings.engine_config("b.gguf").model == "b.gguf"
+    with pytest.raises(ConfigError, match="embedding_model must be left out"):
+        settings.engine_configs()
 
 
 def generation_config(text: str) -> dict[str, float] | None:

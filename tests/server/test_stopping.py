@@ -106,7 +106,7 @@ def test_a_peer_that_reads_nothing_does_not_delay_it(server: LiveServer) -> None
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
         peer.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         assert peer.recv(12) == b"HTTP/1.1 200"
-        wait_for(lambda: "seraph_engine_num_running 0.0" in httpx.get(f"{server.base_url}/metrics").text)
+        wait_for(lambda: 'seraph_engine_num_running{model="tiny"} 0.0' in httpx.get(f"{server.base_url}/metrics").text)
         logged = stop_twice(server, signal.SIGINT)
     check_log(logged, "SIGINT again: stopping at once, requests cut off: 1")
 
@@ -116,7 +116,7 @@ def test_the_same_signal_twice_at_once_is_one(server: LiveServer) -> None:
     body = {**LONG, "stream": False, "max_tokens": 1500}
     with httpx.Client(base_url=server.base_url, timeout=20.0) as client, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/v1/completions", json=body)
-        wait_for(lambda: "seraph_engine_num_running 1.0" in httpx.get(f"{server.base_url}/metrics").text)
+        wait_for(lambda: 'seraph_engine_num_running{model="tiny"} 1.0' in httpx.get(f"{server.base_url}/metrics").text)
         before = len(server.output)
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)

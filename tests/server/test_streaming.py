@@ -207,7 +207,7 @@ async def test_a_disconnect_aborts(stream: bool, n: int) -> None:
             metrics = ""
             while f'requests_total{{method="POST",route="{CHAT}"' not in metrics:
                 metrics = (await client.get(url + "/metrics")).text
-        assert "seraph_sequences 0.0" in metrics
+        assert 'seraph_sequences{model="m"} 0.0' in metrics
         assert f'seraph_http_requests_total{{method="POST",route="{CHAT}",status="499"}} 1.0' in metrics
 
 
@@ -224,9 +224,9 @@ async def test_a_caller_that_reads_nothing_is_cut_off() -> None:
             head = f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
             await loop.sock_sendall(peer, head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
             async with httpx.AsyncClient() as client, asyncio.timeout(20):
-                while "seraph_sequences 1.0" not in (await client.get(url + "/metrics")).text:
+                while 'seraph_sequences{model="m"} 1.0' not in (await client.get(url + "/metrics")).text:
                     pass
-                while "seraph_sequences 0.0" not in (await client.get(url + "/metrics")).text:
+                while 'seraph_sequences{model="m"} 0.0' not in (await client.get(url + "/metrics")).text:
                     pass
     assert engine.running == set()
 
@@ -251,4 +251,4 @@ async def test_a_full_house_is_503_and_empties_again() -> None:
         go.set()
         assert [(await task).status_code for task in waiting] == [200, 200, 200]
         assert (await client.post(CHAT, json=chat())).status_code == 200
-        assert "seraph_refused_requests_total 2.0" in (await client.get("/metrics")).text
+        assert 'seraph_refused_requests_total{model="m"} 2.0' in (await client.get("/metrics")).text
