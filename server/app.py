@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -30,6 +31,8 @@ from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings, version
+
+logger = logging.getLogger("seraph.server")
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -61,7 +64,7 @@ def create_app(
 
     async def start() -> None:
         failure: SeraphError | None = None
-        starting = [asyncio.create_task(_start(model, registry.guests(model))) for model in registry if not model.host]
+        starting = [asyncio.create_task(_start(model, registry)) for model in registry if not model.host]
         try:
             await asyncio.gather(*starting)
         except SeraphError as error:
@@ -122,12 +125,17 @@ def create_app(
     return app
 
 
-async def _start(model: ServedModel, guests: Iterable[ServedModel]) -> None:
+async def _start(model: ServedModel, registry: Registry) -> None:
     """Start a model's engine, and with it the encoders that live in its process."""
+    guests = registry.guests(model)
     try:
         await model.engine.start()
         for one in (model, *guests):
             one.known = model.engine.capabilities()
+    except SeraphError as error:
+        if len(registry) > 1:  # which one it is
+            logger.warning("%s was not started: %s", model.name, error)
+        raise
     finally:
         for one in (model, *guests):
             one.started = True

@@ -63,6 +63,13 @@ class Load:
         """The engine process that is starting."""
         return None if self.engine is None else self.engine.pid
 
+    def cancel(self) -> None:
+        """Give it up. Once only: the end of its processes must not be interrupted."""
+        if self.step not in (Step.CANCELLED, Step.FAILED):
+            assert self.task is not None
+            self.step = Step.CANCELLED
+            self.task.cancel()
+
     def report(self, work: Work) -> None:
         self.work = work
         if self.step is not Step.CANCELLED:
@@ -150,12 +157,10 @@ class Loader:
         for a model that is on its way in or out, or shares its process with another.
         """
         if (load := self._loads.get(name)) is not None:
-            assert load.task is not None
             if load.step is Step.FAILED:
                 del self._loads[name]
             else:
-                load.step = Step.CANCELLED
-                load.task.cancel()
+                load.cancel()
             return
         model = self._registry.find(name)
         if model is None:
@@ -175,10 +180,10 @@ class Loader:
     async def close(self, drain: float) -> None:
         """End loads at once, and wait up to `drain` seconds for unloads. Idempotent."""
         self._closed = True
-        tasks = [load.task for load in self._loads.values() if load.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for load in self._loads.values():
+            load.cancel()
+        if loads := [load.task for load in self._loads.values() if load.task is not None]:
+            await asyncio.wait(loads)
         if self._unloads:
             await asyncio.wait(self._unloads, timeout=drain)
 
@@ -195,6 +200,8 @@ class Loader:
         try:
             await self._bring_in(load, config)
         except Exception as error:
+            if load.step is Step.CANCELLED:
+                return  # whatever its end ran into
             if isinstance(error, SeraphError):
                 logger.warning("loading %s failed: %s", load.name, error)
             else:

@@ -76,27 +76,37 @@ class Service:
         Raises ModelNotFoundError where there is none, NotReadyError for one that is being loaded, and RequestError
         unless it is of the `kind` that `what` needs (None: any will do).
         """
-        served = ", ".join(self.models.names) or "none"
-        if name is None:
-            if len(self.models) != 1:
-                raise RequestError(
-                    f"model is missing: name one of those that this server has ({served}).",
-                    param="model",
-                    code="missing_required_parameter",
-                )
-            (model,) = self.models
-        else:
-            found = self.models.find(name)
-            if found is None:
-                if (load := self.loader.find(name)) is not None and load.is_under_way:
-                    raise NotReadyError(f"The model {name!r} is being loaded ({load.step}). Try again later.")
-                raise ModelNotFoundError(
-                    f"The model {name[:128]!r} does not exist here; this server has {served}.", param="model"
-                )
-            model = found
+        model = self._only_model() if name is None else self._named_model(name)
         if kind is not None:
             need_kind(model.name, model.kind, kind, what)
         return model
+
+    @property
+    def _served(self) -> str:
+        return ", ".join(self.models.names) or "none"
+
+    def _named_model(self, name: str) -> ServedModel:
+        model = self.models.find(name)
+        if model is not None:
+            return model
+        load = self.loader.find(name)
+        if load is not None and load.is_under_way:
+            raise NotReadyError(f"The model {name!r} is being loaded ({load.step}). Try again later.")
+        raise ModelNotFoundError(
+            f"The model {name[:128]!r} does not exist here; this server has {self._served}.", param="model"
+        )
+
+    def _only_model(self) -> ServedModel:
+        models = list(self.models)
+        if not models:
+            raise ModelNotFoundError("This server has no model just now.", param="model")
+        if len(models) > 1:
+            raise RequestError(
+                f"model is missing: name one of those that this server has ({self._served}).",
+                param="model",
+                code="missing_required_parameter",
+            )
+        return models[0]
 
     def need_ready(self, model: ServedModel) -> Capabilities:
         """The engine's capabilities. Raises NotReadyError while it cannot take a request."""

@@ -13,6 +13,8 @@ from server.schemas.common import RequestBody
 from server.schemas.fields import WORKS, Inspection, Table
 
 MAX_NAME = 256
+NAME = r"^[^\x00-\x20\x7f]+$"
+"""Of a model in the API: no spaces, nothing that does not print."""
 
 
 def _memory(value: object) -> object:
@@ -34,7 +36,7 @@ class LoadModelRequest(RequestBody):
 
     model: str = Field(min_length=1, max_length=4096, description="An alias of the catalogue, or a source.")
     name: str | None = Field(
-        None, min_length=1, max_length=MAX_NAME, description="Its name in the API; by default the source's."
+        None, pattern=NAME, max_length=MAX_NAME, description="Its name in the API; by default the source's."
     )
     kv_cache_memory: Annotated[str | None, BeforeValidator(_memory)] = Field(
         None,
