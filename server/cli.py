@@ -37,7 +37,7 @@ def seraph(
 @app.command(cls=SettingsCommand)
 @takes_settings()
 def serve(settings: Settings) -> None:
-    """Serve a model over the OpenAI API.
+    """Serve models over the OpenAI API.
 
     A flag beats its environment name, which beats the key of the same name in the --config file, which beats the
     default.
@@ -45,6 +45,7 @@ def serve(settings: Settings) -> None:
     \b
     seraph serve
     seraph serve ./model.gguf --port 9000 --kv-cache-memory 2GiB
+    seraph serve smollm2-135m-instruct gemma3-270m
     seraph serve --config seraph.toml
     SERAPH_API_KEY=secret seraph serve --host 0.0.0.0
     """
@@ -84,7 +85,7 @@ def chat(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
 ) -> None:
-    """Talk to a model in the terminal.
+    """Talk to one model in the terminal; with --url and without a model to the first that the server lists.
 
     \b
     seraph chat

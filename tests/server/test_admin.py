@@ -221,12 +221,15 @@ async def test_not_before_the_start_has_ended() -> None:
     engine.may_start = asyncio.Event()
     configured = settings(admin_key=("the-key",))
     app = create_app(configured, [served(engine, configured)])
-    async with app.router.lifespan_context(app):
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
-            assert (await client.post(ADMIN, headers=KEY, json={"model": DEFAULT_MODEL})).status_code == 503
-            response = await client.delete(f"{ADMIN}/m", headers=KEY)
-            assert (response.status_code, response.json()["error"]["code"]) == (409, "model_busy")
-            assert (await client.get(f"{ADMIN}/m", headers=KEY)).json()["state"] == "starting"
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+    ):
+        assert (await client.post(ADMIN, headers=KEY, json={"model": DEFAULT_MODEL})).status_code == 503
+        response = await client.delete(f"{ADMIN}/m", headers=KEY)
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "model_busy")
+        assert (await client.get(f"{ADMIN}/m", headers=KEY)).json()["state"] == "starting"
 
 
 # What becomes of it

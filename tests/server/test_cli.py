@@ -37,6 +37,7 @@ from server.terminal import Conversation, LocalPartner, Messages, RemotePartner
 from tests.server.fakes import FakeEngine, FakeText, say
 from tests.server.support import listening
 from tests.tiny_families import tiny_folder
+from tests.tiny_gguf import write_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIASES = [entry.name for entry in catalog()]
@@ -79,6 +80,9 @@ def seraph(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--host", "no such host", "--insecure"], "is no address of this machine"),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "max_num_batched_tokens"),
         (["--host", "192.0.2.1", "--insecure", "--port", "0"], "is no address of this machine"),
+        (["x/m.gguf", "y/m.gguf"], "Two models would be called 'm': give each a name of its own"),
+        (["m", "--embedding-model", "e"], "embedding_model must be left out: this engine computes no embeddings yet"),
+        (["--api-key", "same", "--admin-key", "same"], "--admin-key and --api-key must differ"),
     ],
 )
 def test_wrong_settings_exit_with_two(arguments: list[str], said: str) -> None:
@@ -133,6 +137,21 @@ def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     done = seraph("chat", str(folder))
     assert done.returncode == WRONG_CONFIG
     assert "a chat needs a chat template, and bare has none: give one with --chat-template" in done.stderr
+
+
+def test_a_chat_is_with_one_model() -> None:
+    done = seraph("chat", "a.gguf", "b.gguf")
+    assert (done.returncode, done.stderr) == (WRONG_CONFIG, "error: A chat is with one model, got a.gguf, b.gguf.\n")
+
+
+def test_models_that_do_not_start_are_named(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "long.gguf", context=4096)
+    write_tiny_llama(tmp_path / "short.gguf", context=512)
+    models = [str(tmp_path / name) for name in ("long.gguf", "short.gguf")]
+    done = seraph("serve", *models, "--port", "0", "--max-model-len", "1024")
+    assert done.returncode == WRONG_CONFIG
+    assert "short was not started: max_model_len must be at most 512" in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: max_model_len must be at most 512, the model's context, got 1024."
 
 
 def test_models_lists_the_catalogue(tmp_path: Path) -> None:
@@ -323,6 +342,8 @@ def test_help_comes_in_the_groups_of_the_settings() -> None:
         ("seraph serve --isa avx", {"avx512", "avx2"}),
         ("seraph serve --log-format ", {"text", "json"}),
         ("seraph serve smol", {"smollm2-135m-instruct"}),
+        ("seraph serve smollm2-135m-instruct gem", {"gemma3-270m"}),
+        ("seraph serve --embedding-model gem", {"gemma3-270m"}),
         ("seraph chat --quantization int", {"int8", "int4"}),
     ],
 )

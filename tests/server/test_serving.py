@@ -81,6 +81,16 @@ def test_the_door_is_told() -> None:
     assert rows(insecure=True, host="0.0.0.0")["door"] == "open to everyone"
 
 
+def test_several_models_have_a_block_each() -> None:
+    other = msgspec.structs.replace(KNOWN, max_model_len=4096)
+    text = banner(settings(admin_key=("a",)), [Table(("m",), KNOWN, {}), Table(("n",), other, {"top_k": 5})], 9000)
+    _, first, second, _ = text.partition("Try it")[0].split("\n\n")
+    assert first.splitlines()[0] == "  model      m" and "listening" not in first
+    assert second.splitlines()[0] == "  model      n" and "4 requests of full length" in second
+    assert second.splitlines()[-2:] == ["  admin      /admin/models, by its key", "  listening  http://127.0.0.1:9000"]
+    assert '"model": "m"' in text
+
+
 def test_an_engine_that_says_little_leaves_rows_out() -> None:
     assert set(rows(Capabilities(engine="x", model="m", max_model_len=10, vocab_size=9, kv_cache_tokens=20))) == {
         "model",

@@ -1,4 +1,4 @@
-"""Several models in one real server: each with a process of its own, none of which the others' coming and going harms."""
+"""Several models in one real server, each with a process of its own: what happens to one does not harm the others."""
 
 from __future__ import annotations
 
