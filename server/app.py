@@ -64,7 +64,7 @@ def create_app(
 
     async def start() -> None:
         failure: SeraphError | None = None
-        starting = [asyncio.create_task(_start(model, registry)) for model in registry if not model.host]
+        starting = [asyncio.create_task(_start(model, service)) for model in registry if not model.host]
         try:
             await asyncio.gather(*starting)
         except SeraphError as error:
@@ -73,7 +73,8 @@ def create_app(
             for task in starting:
                 task.cancel()
             await asyncio.gather(*starting, return_exceptions=True)
-        on_started(failure)
+        if not service.draining:  # else what ended a start was the stop
+            on_started(failure)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -125,15 +126,15 @@ def create_app(
     return app
 
 
-async def _start(model: ServedModel, registry: Registry) -> None:
+async def _start(model: ServedModel, service: Service) -> None:
     """Start a model's engine, and with it the encoders that live in its process."""
-    guests = registry.guests(model)
+    guests = service.models.guests(model)
     try:
         await model.engine.start()
         for one in (model, *guests):
             one.known = model.engine.capabilities()
     except SeraphError as error:
-        if len(registry) > 1:  # which one it is
+        if len(service.models) > 1 and not service.draining:  # which one it is
             logger.warning("%s was not started: %s", model.name, error)
         raise
     finally:

@@ -14,7 +14,6 @@ from engine.backends.native import NativeEngine
 from engine.cache.sizing import Needs, divide_kv_memory
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.models.spec import DecoderSpec
 from engine.weights import PackedModel, load_model
 from server.kinds import Kind, kind_of
 from server.settings import Settings
@@ -87,7 +86,7 @@ def launch(settings: Settings) -> list[Launched]:
     configs = [configs[place] for place in decoders]
     if encoders:
         configs[:1] = [_with_encoders(configs, [sources[place] for place in encoders])]
-    needs = [_needs(packed[place]) for place in decoders]
+    needs = [Needs.of(packed[place]) for place in decoders]
     configs = divide_kv_memory(configs, needs, other_bytes=sum(packed[place].nbytes for place in encoders))
     engines: list[NativeEngine] = []
     try:
@@ -115,8 +114,3 @@ def _with_encoders(configs: Sequence[EngineConfig], encoders: Sequence[str]) -> 
     if len(encoders) > 1:
         raise ConfigError(f"There can be one embedding model, got {', '.join(encoders)}.")
     return replace(configs[0], embedding_model=encoders[0])
-
-
-def _needs(packed: PackedModel) -> Needs:
-    assert isinstance(packed.info.spec, DecoderSpec)
-    return Needs(packed.info.spec, packed.nbytes)

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from engine.backends.base import Engine
 from engine.backends.native import NativeEngine
 from engine.backends.packing import Work, pack_apart
-from engine.cache.sizing import Needs, fit_kv_memory
-from engine.config import BLOCK_SIZE, EngineConfig, memory_limit
+from engine.cache.sizing import Needs, fit_kv_memory, kv_cache_bytes
+from engine.config import EngineConfig, memory_limit
 from engine.errors import RequestError, SeraphError, SourceError, UnsupportedModelError
-from engine.models.spec import DecoderSpec
 from engine.text import ModelText
 from engine.weights import PackedModel, catalog, load_model
 from server.errors import ConflictError, ForbiddenError, ModelNotFoundError
@@ -228,8 +227,9 @@ class Loader:
                 raise UnsupportedModelError(
                     f"{packed.name} is an embedding model: those come with the start, by --embedding-model."
                 )
-            config = fit_kv_memory(config, needs_of(packed), used=self.memory_used, memory=self._memory)
-            load.weights_bytes, load.kv_cache_bytes = packed.nbytes, kv_bytes(config, packed)
+            needs = Needs.of(packed)
+            config = fit_kv_memory(config, needs, used=self.memory_used, memory=self._memory)
+            load.weights_bytes, load.kv_cache_bytes = packed.nbytes, kv_cache_bytes(config, needs.spec)
             load.engine = engine = self._make_engine(config)
             stated = self._settings.generation_defaults()
             model = await asyncio.to_thread(
@@ -277,16 +277,3 @@ def served(
         generation_defaults=packed.info.generation_defaults if stated is None else stated,
         weights_bytes=packed.nbytes,
     )
-
-
-def needs_of(packed: PackedModel) -> Needs:
-    """What a decoder takes of the memory."""
-    assert isinstance(packed.info.spec, DecoderSpec)
-    return Needs(packed.info.spec, packed.nbytes)
-
-
-def kv_bytes(config: EngineConfig, packed: PackedModel) -> int:
-    """Bytes of the KV cache that a configuration asks for by its tokens."""
-    assert config.kv_cache_tokens is not None
-    num_blocks = -(-config.kv_cache_tokens // BLOCK_SIZE)
-    return num_blocks * BLOCK_SIZE * packed.info.spec.kv_bytes_per_token(config.kv_cache_dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from engine.config import (
     AUTO_KV_SHARE,
@@ -17,6 +18,9 @@ from engine.config import (
 )
 from engine.errors import ConfigError
 from engine.models.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    from engine.weights import PackedModel
 
 
 def num_kv_blocks(config: EngineConfig, spec: DecoderSpec, *, memory: Callable[[], int] = memory_limit) -> int:
@@ -54,6 +58,12 @@ class Needs:
 
     spec: DecoderSpec
     weights_bytes: int
+
+    @classmethod
+    def of(cls, model: PackedModel) -> Needs:
+        """Those of a mapped decoder."""
+        assert isinstance(model.info.spec, DecoderSpec)
+        return cls(model.info.spec, model.nbytes)
 
 
 def divide_kv_memory(
@@ -110,6 +120,12 @@ def fit_kv_memory(
     return fitted
 
 
+def kv_cache_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
+    """Bytes of the KV cache whose tokens a configuration gives."""
+    assert config.kv_cache_tokens is not None
+    return math.ceil(config.kv_cache_tokens / BLOCK_SIZE) * BLOCK_SIZE * spec.kv_bytes_per_token(config.kv_cache_dtype)
+
+
 def _auto_blocks(config: EngineConfig, most: int) -> int:
     """Blocks where nothing says how many: for AUTO_KV_TOKENS or max_model_len, whichever is more, at most `most`."""
     wanted = math.ceil(max(AUTO_KV_TOKENS, config.max_model_len or 0) / BLOCK_SIZE)
@@ -134,11 +150,7 @@ def _with_blocks(config: EngineConfig, spec: DecoderSpec, share: int) -> EngineC
 
 def _need_room(configs: Sequence[EngineConfig], models: Sequence[Needs], left: int, why: str) -> None:
     """Raise ConfigError unless the KV caches fit into `left` bytes."""
-    taken = 0
-    for config, model in zip(configs, models, strict=True):
-        assert config.kv_cache_tokens is not None
-        per_block = BLOCK_SIZE * model.spec.kv_bytes_per_token(config.kv_cache_dtype)
-        taken += math.ceil(config.kv_cache_tokens / BLOCK_SIZE) * per_block
+    taken = sum(kv_cache_bytes(config, model.spec) for config, model in zip(configs, models, strict=True))
     if taken > left:
         raise ConfigError(
             f"The KV memory must be at most {readable(left)} (kv_cache_memory, kv_cache_tokens), {why} of memory that "

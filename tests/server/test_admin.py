@@ -299,7 +299,7 @@ async def test_a_model_comes_and_goes(home: Path) -> None:
 
 async def test_two_loads_of_one_model(home: Path) -> None:
     async with housing(home) as house:
-        assert (await house.load()).status_code == 202
+        assert (await house.load(kv_cache_memory=1 << 20)).status_code == 202
         response = await house.load()
         assert (response.status_code, response.json()["error"]["code"]) == (409, "model_busy")
         assert (await house.load(name="other")).status_code == 202  # under a name of its own it is another

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.errors import ModelError, SeraphError
+from engine.errors import EngineError, ModelError, SeraphError
 from server.app import create_app
 from tests.server.fakes import MAX_MODEL_LEN, FakeEngine
 from tests.server.support import Client, chat, client_for, served, settings, wait_until
@@ -58,6 +58,28 @@ async def test_an_engine_that_does_not_start_is_told_once() -> None:
         await wait_until(lambda: bool(told))
         assert app.state.service.status == "dead"
     assert [str(error) for error in told] == ["no such model"]
+
+
+async def test_a_start_that_a_stop_ends_is_no_failure() -> None:
+    told: list[SeraphError | None] = []
+
+    class Ended(FakeEngine):
+        async def start(self) -> None:
+            await self.ended.wait()
+            raise EngineError("the engine process was killed by SIGTERM before it was ready")
+
+        async def stop(self, drain: float) -> None:
+            self.ended.set()
+
+        ended = asyncio.Event()
+
+    app = create_app(settings(), [served(Ended())], on_started=told.append)
+    async with app.router.lifespan_context(app):
+        service = app.state.service
+        service.draining = True
+        await service.stop(drain=10.0)
+        await wait_until(lambda: bool(service.started))
+    assert told == []
 
 
 async def test_models() -> None:
