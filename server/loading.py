@@ -211,7 +211,7 @@ class Loader:
 
     def _ended(self, load: Load) -> None:
         """Remember what failed, up to a number, and nothing else."""
-        if load.step is not Step.FAILED:
+        if load.step is not Step.FAILED and self._loads.get(load.name) is load:
             del self._loads[load.name]
         failed = [one.name for one in self._loads.values() if one.step is Step.FAILED]
         for name in failed[: max(0, len(failed) - MAX_FAILED)]:
@@ -239,7 +239,7 @@ class Loader:
             await engine.start()
             model.started, model.known = True, engine.capabilities()
             self._registry.add(model)
-            load.weights_bytes = load.kv_cache_bytes = 0  # counted as the model's from here on
+            del self._loads[load.name]  # at once: nobody may find both, and its memory is counted as the model's
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(engine.stop(drain=0.0)))
             raise

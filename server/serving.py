@@ -48,6 +48,8 @@ def serve(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     for name, meant in unknown_environment().items():
         logger.warning("%s is set in the environment and means nothing to Seraph; is it meant to be %s?", name, meant)
+    if settings.allow_remote_load and not settings.admin_key:
+        logger.warning("--allow-remote-load has no effect without --admin-key: /admin is closed")
     settings.engine_configs()  # what cannot be is said before anything is done
     stated = settings.generation_defaults()
     listener = bind(settings.host, settings.port)
@@ -188,7 +190,8 @@ def _run(
                 for one in models
                 if not one.host
             ]
-            print(banner(settings, tables, listener.getsockname()[1]), flush=True)
+            encoders = [one.name for one in models if one.host]
+            print(banner(settings, tables, listener.getsockname()[1], encoders), flush=True)
         else:
             web.should_exit = True
 
@@ -247,13 +250,16 @@ class Table:
         }
 
 
-def banner(settings: Settings, tables: Sequence[Table], port: int) -> str:
-    """What a start says: each model, what it runs on, what fits; who may come in, where it listens, how to try it."""
+def banner(settings: Settings, tables: Sequence[Table], port: int, encoders: Sequence[str] = ()) -> str:
+    """What a start says: each model, what it runs on, what fits; who may come in, where it listens, how to try it.
+
+    `encoders` are the names of the models for embeddings.
+    """
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reachable = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else host
     door = {
         "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
-        "embeddings": "" if settings.embedding_model is None else settings.model_names[-1][0],
+        "embeddings": ", ".join(encoders),
         "admin": "/admin/models, by its key" if settings.admin_key else "",
         "listening": f"http://{host}:{port}",
     }

@@ -66,10 +66,11 @@ def test_version() -> None:
     assert (result.exit_code, result.output.split()[0]) == (0, "seraph")
 
 
-def seraph(*arguments: str) -> subprocess.CompletedProcess[str]:
+def seraph(*arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: `serve` sets up logging and signals for the whole process."""
     command = [sys.executable, "-m", "server.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    environment = os.environ | ({} if home is None else {"SERAPH_HOME": str(home)})
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_models_that_do_not_start_are_named(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "long.gguf", context=4096)
     write_tiny_llama(tmp_path / "short.gguf", context=512)
     models = [str(tmp_path / name) for name in ("long.gguf", "short.gguf")]
-    done = seraph("serve", *models, "--port", "0", "--max-model-len", "1024")
+    done = seraph("serve", *models, "--port", "0", "--max-model-len", "1024", home=tmp_path / "home")
     assert done.returncode == WRONG_CONFIG
     assert "short was not started: max_model_len must be at most 512" in done.stderr
     assert done.stderr.splitlines()[-1] == "error: max_model_len must be at most 512, the model's context, got 1024."

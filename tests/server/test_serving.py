@@ -83,11 +83,17 @@ def test_the_door_is_told() -> None:
 
 def test_several_models_have_a_block_each() -> None:
     other = msgspec.structs.replace(KNOWN, max_model_len=4096)
-    text = banner(settings(admin_key=("a",)), [Table(("m",), KNOWN, {}), Table(("n",), other, {"top_k": 5})], 9000)
+    text = banner(
+        settings(admin_key=("a",)), [Table(("m",), KNOWN, {}), Table(("n",), other, {"top_k": 5})], 9000, ["e"]
+    )
     _, first, second, _ = text.partition("Try it")[0].split("\n\n")
     assert first.splitlines()[0] == "  model      m" and "listening" not in first
     assert second.splitlines()[0] == "  model      n" and "4 requests of full length" in second
-    assert second.splitlines()[-2:] == ["  admin      /admin/models, by its key", "  listening  http://127.0.0.1:9000"]
+    assert second.splitlines()[-3:] == [
+        "  embeddings e",
+        "  admin      /admin/models, by its key",
+        "  listening  http://127.0.0.1:9000",
+    ]
     assert '"model": "m"' in text
 
 
