@@ -71,7 +71,12 @@ class LLM:
                 undo.callback(self._model.close)
                 self._encoder: PackedModel[EncoderSpec] | None = None
                 if self.config.embedding_model is not None:
-                    self._encoder = load_encoder(self.config.embedding_model, home=self.config.home, progress=bars)
+                    self._encoder = load_encoder(
+                        self.config.embedding_model,
+                        home=self.config.home,
+                        progress=bars,
+                        **self.config.load_options(),
+                    )
                     undo.callback(self._encoder.close)
             self.name = self._model.name
             encodes = isinstance(self._model.info.spec, EncoderSpec)
@@ -272,7 +277,9 @@ class LLM:
                 info = core.capabilities().encoder
             assert info is not None
             for begin in range(0, len(texts), TEXTS_PER_REQUEST):
-                inputs = encoder.encode(texts[begin : begin + TEXTS_PER_REQUEST], truncate=-1 if truncate else None)
+                inputs = encoder.encode_texts(
+                    texts[begin : begin + TEXTS_PER_REQUEST], truncate=-1 if truncate else None
+                )
                 request = EmbedRequest(request_id=f"llm-{next(self._serial)}", model=info.model, inputs=inputs)
                 with self._engine() as core:
                     requests.append(request.request_id)

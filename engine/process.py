@@ -347,7 +347,7 @@ def load_core(config: EngineConfig) -> Iterator[Core]:
         model = closing(load_packed(config.model, home=config.home, **config.load_options()))
         encoder = None
         if config.embedding_model is not None:
-            encoder = closing(load_encoder(config.embedding_model, home=config.home))
+            encoder = closing(load_encoder(config.embedding_model, home=config.home, **config.load_options()))
         yield closing(build_core(config, model, encoder))
 
 

@@ -23,12 +23,14 @@ from server.loading import Loader
 from server.metrics import Metrics
 from server.middleware import Door, RequestContext
 from server.registry import Registry, ServedModel
-from server.routes import admin, chat, completions, health, tokenization
+from server.routes import admin, chat, completions, embeddings, health, tokenization
 from server.routes import models as model_routes
 from server.routes.service import Service
 from server.schemas.admin import LoadModelRequest
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.embeddings import EmbeddingRequest
+from server.schemas.scores import RerankRequest, ScoreRequest
 from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings, version
 
@@ -37,6 +39,9 @@ logger = logging.getLogger("seraph.server")
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/score": ScoreRequest,
+    "/v1/rerank": RerankRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/admin/models": LoadModelRequest,
@@ -120,7 +125,7 @@ def create_app(
     app.state.service = service
     app.add_exception_handler(SeraphError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
-    for routes in (chat, completions, tokenization, model_routes, admin, health):
+    for routes in (chat, completions, embeddings, tokenization, model_routes, admin, health):
         app.include_router(routes.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
@@ -132,7 +137,7 @@ async def _start(model: ServedModel, service: Service) -> None:
     try:
         await model.engine.start()
         for one in (model, *guests):
-            one.known = model.engine.capabilities()
+            one.known = one.capabilities()
     except SeraphError as error:
         if len(service.models) > 1 and not service.draining:  # which one it is
             logger.warning("%s was not started: %s", model.name, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from engine.errors import RequestError
 from engine.models.spec import DecoderSpec, ModelInfo
@@ -12,15 +13,22 @@ class Kind(enum.StrEnum):
     """What a model does."""
 
     GENERATE = "generate"  # a decoder: chat, completions
-    EMBED = "embed"  # an encoder
+    EMBED = "embed"  # an encoder: embeddings
+    SCORE = "score"  # an encoder with a classifier: scores, reranking
 
 
-NOUNS = {Kind.GENERATE: "a language model", Kind.EMBED: "an embedding model"}
+NOUNS = {
+    Kind.GENERATE: "a language model",
+    Kind.EMBED: "an embedding model",
+    Kind.SCORE: "a cross-encoder, for scores",
+}
 
 
-def kind_of(info: ModelInfo) -> Kind:
+def kind_of(info: ModelInfo[Any]) -> Kind:
     """What a checkpoint is for."""
-    return Kind.GENERATE if isinstance(info.spec, DecoderSpec) else Kind.EMBED
+    if isinstance(info.spec, DecoderSpec):
+        return Kind.GENERATE
+    return Kind.SCORE if info.spec.num_labels else Kind.EMBED
 
 
 def need_kind(name: str, kind: Kind, wanted: Kind, what: str) -> None:

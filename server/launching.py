@@ -6,15 +6,14 @@ Nothing here needs the web framework or a tokenizer: those are imported while th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.backends.native import NativeEngine
 from engine.cache.sizing import Needs, divide_kv_memory
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.weights import PackedModel, load_model
+from engine.weights import PackedModel, load_packed
 from server.kinds import Kind, kind_of
 from server.settings import Settings
 
@@ -52,11 +51,10 @@ class Bars:
             self._bars.__exit__(None, None, None)
 
 
-def fetch(config: EngineConfig, source: str | None = None) -> PackedModel:
-    """Map a model (None: the configuration's), after fetching and packing it, with progress bars, where that has not
-    happened yet."""
+def fetch(config: EngineConfig) -> PackedModel[Any]:
+    """Map a model, after fetching and packing it, with progress bars, where that has not happened yet."""
     with contextlib.closing(Bars()) as bars:
-        return load_model(source or config.model, home=config.home, progress=bars, **config.load_options())
+        return load_packed(config.model, home=config.home, progress=bars, **config.load_options())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,52 +63,46 @@ class Launched:
 
     names: tuple[str, ...]
     source: str
-    packed: PackedModel
+    packed: PackedModel[Any]
     engine: NativeEngine
     host: str = ""
 
 
 def launch(settings: Settings) -> list[Launched]:
-    """Fetch every model, divide the memory, and start a process for each decoder. Each engine's `start` must follow, or
-    `kill`. Raises SeraphError, and then no process is left."""
+    """Fetch every model, divide the memory, and start a process for each decoder, and for each encoder that none of
+    them hosts. Each engine's `start` must follow, or `kill`. Raises SeraphError, and then no process is left."""
     configs, names = settings.engine_configs(), settings.model_names
-    sources = [config.model for config in configs]
     if settings.embedding_model is not None:
-        sources.append(settings.embedding_model)
-    packed = [fetch(configs[0], source) for source in sources]
-    generates = [kind_of(one.info) is Kind.GENERATE for one in packed]
-    if settings.embedding_model is not None and generates[-1]:
+        configs.append(replace(configs[0], model=settings.embedding_model))
+    packed = [fetch(config) for config in configs]
+    decodes = [kind_of(one.info) is Kind.GENERATE for one in packed]
+    if settings.embedding_model is not None and decodes[-1]:
         raise ConfigError(f"--embedding-model {settings.embedding_model} is a language model, not an encoder.")
-    decoders = [place for place, does in enumerate(generates) if does]
-    encoders = [place for place, does in enumerate(generates) if not does]
-    configs = [configs[place] for place in decoders]
-    if encoders:
-        configs[:1] = [_with_encoders(configs, [sources[place] for place in encoders])]
-    needs = [Needs.of(packed[place]) for place in decoders]
-    configs = divide_kv_memory(configs, needs, other_bytes=sum(packed[place].nbytes for place in encoders))
-    engines: list[NativeEngine] = []
+    decoders = [place for place, does in enumerate(decodes) if does]
+    encoders = [place for place, does in enumerate(decodes) if not does]
+    divided = divide_kv_memory(
+        [configs[place] for place in decoders],
+        [Needs.of(packed[place]) for place in decoders],
+        other_bytes=sum(packed[place].nbytes for place in encoders),
+    )
+    configs = [config if place in encoders else divided[decoders.index(place)] for place, config in enumerate(configs)]
+    # The one that the flag names, else the first one, lives beside the first decoder.
+    guest = encoders[-1 if settings.embedding_model is not None else 0] if encoders and decoders else None
+    if guest is not None:
+        configs[decoders[0]] = replace(configs[decoders[0]], embedding_model=configs[guest].model)
+    engines: dict[int, NativeEngine] = {}
     try:
-        for config in configs:
-            engines.append(NativeEngine(config))
-            engines[-1].launch()
+        for place, config in enumerate(configs):
+            if place != guest:
+                engines[place] = NativeEngine(config)
+                engines[place].launch()
     except BaseException:
-        for engine in engines:
+        for engine in engines.values():
             engine.kill()
         raise
-    launched = {
-        place: Launched(names[place], sources[place], packed[place], engine)
-        for place, engine in zip(decoders, engines, strict=True)
-    }
-    for place in encoders:
-        host = names[decoders[0]][0]
-        launched[place] = Launched(names[place], sources[place], packed[place], engines[0], host)
-    return [launched[place] for place in sorted(launched)]
-
-
-def _with_encoders(configs: Sequence[EngineConfig], encoders: Sequence[str]) -> EngineConfig:
-    """The first decoder's configuration, with the encoder that its engine hosts, wherever it was named."""
-    if not configs:
-        raise ConfigError(f"{', '.join(encoders)}: an embedding model needs a language model beside it.")
-    if len(encoders) > 1:
-        raise ConfigError(f"There can be one embedding model, got {', '.join(encoders)}.")
-    return replace(configs[0], embedding_model=encoders[0])
+    launched = []
+    for place, config in enumerate(configs):
+        host = decoders[0] if place == guest else place
+        hosted_by = "" if host == place else names[host][0]
+        launched.append(Launched(names[place], config.model, packed[place], engines[host], hosted_by))
+    return launched

@@ -9,15 +9,16 @@ import enum
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.backends.base import Engine
 from engine.backends.native import NativeEngine
 from engine.backends.packing import Work, pack_apart
-from engine.cache.sizing import Needs, fit_kv_memory, kv_cache_bytes
+from engine.cache.sizing import Needs, fit_kv_memory, kv_cache_bytes, need_room
 from engine.config import EngineConfig, memory_limit
-from engine.errors import RequestError, SeraphError, SourceError, UnsupportedModelError
-from engine.text import ModelText
-from engine.weights import PackedModel, catalog, load_model
+from engine.errors import RequestError, SeraphError, SourceError
+from engine.text import EncoderText, ModelText
+from engine.weights import PackedModel, catalog, load_packed
 from server.errors import ConflictError, ForbiddenError, ModelNotFoundError
 from server.kinds import Kind, kind_of
 from server.registry import Registry, ServedModel
@@ -221,15 +222,15 @@ class Loader:
         """From the source to a model that takes requests. Whatever keeps it from that leaves no process behind."""
         await self._prepare(config, load.report)
         load.step, load.work = Step.STARTING, None
-        packed = await asyncio.to_thread(load_model, config.model, home=config.home, **config.load_options())
+        packed = await asyncio.to_thread(load_packed, config.model, home=config.home, **config.load_options())
         with contextlib.closing(packed):
-            if kind_of(packed.info) is not Kind.GENERATE:
-                raise UnsupportedModelError(
-                    f"{packed.name} is an embedding model: those come with the start, by --embedding-model."
-                )
-            needs = Needs.of(packed)
-            config = fit_kv_memory(config, needs, used=self.memory_used, memory=self._memory)
-            load.weights_bytes, load.kv_cache_bytes = packed.nbytes, kv_cache_bytes(config, needs.spec)
+            if kind_of(packed.info) is Kind.GENERATE:
+                needs = Needs.of(packed)
+                config = fit_kv_memory(config, needs, used=self.memory_used, memory=self._memory)
+                load.kv_cache_bytes = kv_cache_bytes(config, needs.spec)
+            else:
+                need_room(config.model, packed.nbytes, used=self.memory_used, memory=self._memory)
+            load.weights_bytes = packed.nbytes
             load.engine = engine = self._make_engine(config)
             stated = self._settings.generation_defaults()
             model = await asyncio.to_thread(
@@ -256,7 +257,7 @@ class Loader:
 def served(
     settings: Settings,
     stated: Mapping[str, float] | None,
-    packed: PackedModel,
+    packed: PackedModel[Any],
     engine: Engine,
     *,
     names: tuple[str, ...],
@@ -267,12 +268,18 @@ def served(
 
     `stated` are the operator's generation defaults; None: the model's own.
     """
+    kind = kind_of(packed.info)
+    text: ModelText | EncoderText
+    if kind is Kind.GENERATE:
+        text = ModelText.from_info(packed.info, chat_template=settings.chat_template_source())
+    else:
+        text = EncoderText.from_info(packed.info)
     return ServedModel(
         names=names,
         source=source,
         engine=engine,
-        text=ModelText.from_info(packed.info, chat_template=settings.chat_template_source()),
-        kind=kind_of(packed.info),
+        text=text,
+        kind=kind,
         host=host,
         generation_defaults=packed.info.generation_defaults if stated is None else stated,
         weights_bytes=packed.nbytes,

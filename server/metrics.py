@@ -34,6 +34,9 @@ _ENGINE_COUNTERS = {
     "num_preemptions": ("preemptions", "Requests preempted"),
     "num_requests_finished": ("requests_finished", "Requests finished"),
     "step_seconds": ("step_seconds", "Seconds inside kernels"),
+    "num_encoded_texts": ("encoded_texts", "Texts made vectors"),
+    "num_encoded_tokens": ("encoded_tokens", "Tokens of texts made vectors"),
+    "encoder_seconds": ("encoder_seconds", "Seconds inside the encoder's kernels"),
     "num_restarts": ("restarts", "Restarts of the engine process"),
 }
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.backends.base import Engine
 from engine.request import Capabilities
 from server.admission import Gate
@@ -49,6 +51,23 @@ class ServedModel:
         if not self.started:
             return "starting"
         return "restarting" if self.engine.alive else "dead"
+
+    def capabilities(self) -> Capabilities:
+        """What the model can do. Known once its engine has started; raises EngineDeadError before that."""
+        known = self.engine.capabilities()
+        encoder = known.encoder
+        if not self.host or encoder is None:
+            return known
+        return msgspec.structs.replace(
+            known,
+            model=encoder.model,
+            max_model_len=encoder.max_input_len,
+            max_position=encoder.max_input_len,
+            vocab_size=encoder.vocab_size,
+            checkpoint_format=encoder.checkpoint_format,
+            num_parameters=encoder.num_parameters,
+            weights=encoder.weights,
+        )
 
     @property
     def kv_cache_bytes(self) -> int:

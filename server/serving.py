@@ -22,6 +22,7 @@ from engine import logs
 from engine.cache.sizing import readable
 from engine.errors import ConfigError, SeraphError
 from engine.request import Capabilities
+from server.kinds import Kind
 from server.launching import Launched, launch
 from server.settings import Settings, is_loopback, unknown_environment, version
 
@@ -186,12 +187,10 @@ def _run(
         if error is None:
             gc.freeze()  # what is loaded stays: later collections need not walk it
             tables = [
-                Table(one.names, one.engine.capabilities(), one.generation_defaults, one.text.chats)
+                Table(one.names, one.capabilities(), one.generation_defaults, one.text.chats, one.kind, one.host)
                 for one in models
-                if not one.host
             ]
-            encoders = [one.name for one in models if one.host]
-            print(banner(settings, tables, listener.getsockname()[1], encoders), flush=True)
+            print(banner(settings, tables, listener.getsockname()[1]), flush=True)
         else:
             web.should_exit = True
 
@@ -231,41 +230,56 @@ def _run(
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What a start says of one model; `chats`: it has a chat template."""
+    """What a start says of one model; `chats`: it has a chat template; `host` is the model whose threads it shares."""
 
     names: Sequence[str]
     known: Capabilities
     defaults: Mapping[str, float]
     chats: bool = True
+    kind: Kind = Kind.GENERATE
+    host: str = ""
 
     def rows(self) -> dict[str, str]:
         known = self.known
-        return {
+        own = f"{known.isa}, {known.threads} thread{'s' if known.threads != 1 else ''}"
+        same = {
             "model": ", ".join(self.names),
             "weights": _weights(known),
-            "kernels": f"{known.isa}, {known.threads} thread{'s' if known.threads != 1 else ''}",
+            "kernels": f"in the gaps of {self.host}" if self.host else own,
             "context": _context(known),
-            "KV cache": _kv_cache(known),
-            "sampling": ", ".join(f"{name} {value:g}" for name, value in self.defaults.items()),
         }
+        if self.kind is Kind.GENERATE:
+            sampling = ", ".join(f"{name} {value:g}" for name, value in self.defaults.items())
+            return {**same, "KV cache": _kv_cache(known), "sampling": sampling}
+        assert known.encoder is not None
+        if self.kind is Kind.SCORE:
+            return {**same, "scores": f"{known.encoder.num_labels} label{'s' if known.encoder.num_labels != 1 else ''}"}
+        return {**same, "embeds": f"{known.encoder.output_size} dimensions"}
+
+    def example(self) -> tuple[str, dict[str, object]]:
+        """A route of this model, and what to ask it."""
+        if self.kind is Kind.SCORE:
+            return "rerank", {
+                "query": "capital of France",
+                "documents": ["Paris is a city.", "Cheese is made of milk."],
+            }
+        if self.kind is Kind.EMBED:
+            return "embeddings", {"input": "The capital of France is Paris."}
+        if self.chats:
+            return "chat/completions", {"messages": [{"role": "user", "content": "Tell me the capital of France."}]}
+        return "completions", {"prompt": "The capital of France is"}
 
 
-def banner(settings: Settings, tables: Sequence[Table], port: int, encoders: Sequence[str] = ()) -> str:
-    """What a start says: each model, what it runs on, what fits; who may come in, where it listens, how to try it.
-
-    `encoders` are the names of the models for embeddings.
-    """
+def banner(settings: Settings, tables: Sequence[Table], port: int) -> str:
+    """What a start says: each model, what it runs on, what fits; who may come in, where it listens, how to try it."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reachable = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else host
     door = {
         "door": "key" if settings.api_key else "loopback only" if is_loopback(settings.host) else "open to everyone",
-        "embeddings": ", ".join(encoders),
         "admin": "/admin/models, by its key" if settings.admin_key else "",
         "listening": f"http://{host}:{port}",
     }
-    path, asked = "completions", dict[str, object](prompt="The capital of France is")
-    if tables[0].chats:
-        path, asked = "chat/completions", {"messages": [{"role": "user", "content": "Tell me the capital of France."}]}
+    path, asked = tables[0].example()
     body = json.dumps({"model": tables[0].names[0], **asked})
     key = ' -H "authorization: Bearer $SERAPH_API_KEY"' if settings.api_key else ""
     *others, last = [table.rows() for table in tables]

@@ -98,7 +98,7 @@ class TinyEncoder:
         if self.labels:
             values["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.labels)}
             values["label2id"] = {f"LABEL_{i}": i for i in range(self.labels)}
-        return values | self.config
+        return {**values, **self.config}
 
     def write(self, folder: Path, seed: int) -> Path:
         """Write the checkpoint, its tokenizer and its modules into `folder` and return it."""

@@ -23,7 +23,7 @@ from engine.backends.child import our_packages
 from engine.config import EngineConfig, child_environment
 from engine.errors import EngineError, SeraphError
 from engine.process import Fault, decode_config, die_with_parent, encode_config
-from engine.weights import load_model, sweep
+from engine.weights import load_packed, sweep
 
 logger = logging.getLogger("seraph.engine")
 
@@ -59,7 +59,7 @@ _encode = msgspec.json.Encoder().encode
 async def pack_apart(config: EngineConfig, report: Callable[[Work], None], *, command: Sequence[str] = COMMAND) -> None:
     """Fetch and pack `config.model` where that has not happened yet; `report` hears how far it is.
 
-    Raises what `load_model` raises, and EngineError where the process died. Cancelled, it ends the process. Whatever
+    Raises what `load_packed` raises, and EngineError where the process died. Cancelled, it ends the process. Whatever
     ends it early, nothing half made stays but what a fetch from a hub will go on with.
     """
     process = await asyncio.create_subprocess_exec(
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended = Ended()
     try:
         config = decode_config(options.config)
-        load_model(config.model, home=config.home, progress=Lines(write), **config.load_options()).close()
+        load_packed(config.model, home=config.home, progress=Lines(write), **config.load_options()).close()
     except Exception as error:
         if not isinstance(error, SeraphError):
             logger.exception("%s could not be made ready", options.config)

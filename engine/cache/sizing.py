@@ -79,7 +79,7 @@ def divide_kv_memory(
     what one engine would take, or what all weights (and `other_bytes`) leave of the memory if that is less. One engine
     alone sees to itself. Raises ConfigError where it does not fit.
     """
-    if len(configs) == 1:
+    if len(configs) <= 1:
         return list(configs)
     limit = memory()
     weights = sum(model.weights_bytes for model in models) + other_bytes
@@ -107,17 +107,24 @@ def fit_kv_memory(
     AUTO_KV_SHARE of what is left. Raises ConfigError where it does not fit.
     """
     limit = memory()
-    left = limit - used - model.weights_bytes
-    if left <= 0:
-        raise ConfigError(
-            f"The weights of {config.model} take {readable(model.weights_bytes)}, and of the {readable(limit)} of "
-            f"memory that this process may use {readable(max(0, limit - used))} are left."
-        )
+    left = need_room(config.model, model.weights_bytes, used=used, memory=memory)
     asked = config.kv_cache_memory
     share = int(AUTO_KV_SHARE * left) if asked is None else _bytes(asked, limit)
     fitted = _with_blocks(config, model.spec, share)
     _need_room([fitted], [model], left, f"which are left of the {readable(limit)}")
     return fitted
+
+
+def need_room(name: str, weights_bytes: int, *, used: int, memory: Callable[[], int] = memory_limit) -> int:
+    """Bytes that are left beside those that take `used` bytes and these weights. Raises ConfigError where none are."""
+    limit = memory()
+    left = limit - used - weights_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"The weights of {name} take {readable(weights_bytes)}, and of the {readable(limit)} of memory that this "
+            f"process may use {readable(max(0, limit - used))} are left."
+        )
+    return left
 
 
 def kv_cache_bytes(config: EngineConfig, spec: DecoderSpec) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, Self
 
 from engine.errors import RequestError
 from engine.models.spec import EncoderSpec, ModelInfo
@@ -28,7 +28,31 @@ class EncoderText:
         """The text side of a loaded checkpoint. Raises FormatError for a tokenizer that is malformed."""
         return cls(Tokenizer.from_info(info), info.spec.max_position)
 
-    def encode(self, texts: Sequence[str | tuple[str, str]], *, truncate: int | None = None) -> list[TextInput]:
+    @property
+    def chats(self) -> bool:
+        """It holds no conversations."""
+        return False
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of one text, between those of the template where `add_special_tokens`, however long it is."""
+        (whole,) = self.tokenizer.encode_whole([text])
+        return whole.ids if add_special_tokens else whole.own_ids()
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> NoReturn:
+        """Raises RequestError: an encoder holds no conversations."""
+        raise RequestError(
+            "This model is an encoder: it has no chat template.", param="messages", code="no_chat_template"
+        )
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> NoReturn:
+        """Raises RequestError: an encoder's tokens are not made text again."""
+        raise RequestError("This model is an encoder: its tokens are not made text again.", param="model")
+
+    def stream(self, stop: Sequence[str] = (), min_tokens: int = 0) -> NoReturn:
+        """Raises RequestError: an encoder continues no text."""
+        raise RequestError("This model is an encoder: it continues no text.", param="model")
+
+    def encode_texts(self, texts: Sequence[str | tuple[str, str]], *, truncate: int | None = None) -> list[TextInput]:
         """What the encoder is given of each text, or of each pair.
 
         `truncate` cuts those that have more tokens, behind which the template's last ones follow; -1 stands for

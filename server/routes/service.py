@@ -10,13 +10,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from starlette.requests import Request as HTTPRequest
 
 from engine import logs
 from engine.errors import ContextLengthError, RequestError
-from engine.request import Capabilities, Request
+from engine.request import Capabilities, EmbedRequest, EncoderInfo, Request, TextInput
+from engine.text import EncoderText
 from server.admission import Principal
-from server.errors import ModelNotFoundError, NotReadyError
+from server.errors import ClientDisconnectedError, ModelNotFoundError, NotReadyError
 from server.generation import Answer, Choice, Generation
 from server.kinds import Kind, need_kind
 from server.loading import Loader
@@ -112,13 +115,55 @@ class Service:
         """The engine's capabilities. Raises NotReadyError while it cannot take a request."""
         if (status := "draining" if self.draining else model.state) != "ready":
             raise NotReadyError(f"The engine of {model.name} is {status}. Try again later.")
-        return model.engine.capabilities()
+        return model.capabilities()
 
     async def encode(self, model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a plain text."""
         if len(text) < LONG_TEXT:
             return model.text.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(model.text.encode, text, add_special_tokens=add_special_tokens)
+
+    def need_encoder(self, model: ServedModel) -> EncoderInfo:
+        """What a model's encoder can do. Raises NotReadyError while it cannot take a request."""
+        known = self.need_ready(model).encoder
+        assert known is not None, "an encoder's engine says what it can do"
+        return known
+
+    async def encode_texts(
+        self, model: ServedModel, texts: Sequence[str | tuple[str, str]], truncate: int | None
+    ) -> list[TextInput]:
+        """What an encoder is given of texts, or of pairs of them."""
+        assert isinstance(model.text, EncoderText)
+        size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
+        if size < LONG_TEXT:
+            return model.text.encode_texts(texts, truncate=truncate)
+        return await asyncio.to_thread(model.text.encode_texts, texts, truncate=truncate)
+
+    async def embed(
+        self, model: ServedModel, inputs: Sequence[TextInput], http: HTTPRequest, *, priority: int
+    ) -> NDArray[np.float32]:
+        """The vectors of texts, float32 [inputs, output size]. A caller that goes away takes its request along."""
+        request = EmbedRequest(
+            request_id=answer_id("embd"),
+            model=self.need_encoder(model).model,
+            inputs=list(inputs),
+            priority=priority,
+            trace=logs.current_request(),
+        )
+        with model.gate.enter(1):
+            computing = asyncio.create_task(model.engine.embed(request))
+            leaving = asyncio.create_task(_disconnect(http))
+            try:
+                await asyncio.wait((computing, leaving), return_when=asyncio.FIRST_COMPLETED)
+                if not computing.done():
+                    raise ClientDisconnectedError("The caller went away.")
+                vectors = await computing
+            finally:
+                for task in (computing, leaving):
+                    task.cancel()
+                await asyncio.gather(computing, leaving, return_exceptions=True)
+        model.metrics.prompt_tokens.inc(sum(len(text.token_ids) for text in inputs))
+        return vectors
 
     async def encode_chat(self, model: ServedModel, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation."""
@@ -236,6 +281,12 @@ class Service:
                         frames.append(encoder.usage(generation.usage()))
                     frames.append(DONE)
                 yield b"".join(frames)
+
+
+async def _disconnect(http: HTTPRequest) -> None:
+    """Until the caller goes away."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 def answer_id(prefix: str) -> str:

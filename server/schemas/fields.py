@@ -152,6 +152,45 @@ COMPLETION_FIELDS: Table = {
     "prompt_embeds": refused(),
 }
 
+_TEXTS: dict[str, Field] = {
+    "model": WORKS,
+    "user": HINT,
+    "truncate_prompt_tokens": WORKS,
+    "priority": WORKS,
+    "request_id": HINT,
+    "mm_processor_kwargs": refused({}),
+}
+
+EMBEDDING_FIELDS: Table = {
+    "input": WORKS,
+    **_TEXTS,
+    "encoding_format": WORKS,
+    "dimensions": WORKS,
+    "add_special_tokens": refused(True),
+    "normalize": refused(),
+    "messages": refused(),
+    "embed_dtype": refused("float32"),
+    "endianness": refused("native", "little"),
+}
+
+SCORE_FIELDS: Table = {
+    "text_1": WORKS,
+    "text_2": WORKS,
+    **_TEXTS,
+    "activation": refused(),
+    "use_activation": refused(True),
+}
+
+RERANK_FIELDS: Table = {
+    "query": WORKS,
+    "documents": WORKS,
+    **_TEXTS,
+    "top_n": WORKS,
+    "return_documents": WORKS,
+    "activation": refused(),
+    "use_activation": refused(True),
+}
+
 TOKENIZE_FIELDS: Table = {
     "model": WORKS,
     "prompt": WORKS,

@@ -44,7 +44,7 @@ def llm(home: Path) -> Iterator[LLM]:
 
 
 def core_of(llm: LLM) -> EngineCore:
-    assert llm._core is not None
+    assert isinstance(llm._core, EngineCore)
     return llm._core
 
 

@@ -48,7 +48,7 @@ def use(path: Path, quantization: str | None = None) -> None:
         packed.unlink()
         with ours():
             if isinstance(info.spec, EncoderSpec):
-                EncoderText.from_info(info).encode(["Hello", ("Hello", "[SEP]")])
+                EncoderText.from_info(info).encode_texts(["Hello", ("Hello", "[SEP]")])
                 return
             text = ModelText.from_info(info)
             assert text.decode(text.encode("Hello")).strip() in ("", "Hello")

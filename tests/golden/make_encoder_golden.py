@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,14 @@ LENGTHS = (1, 2, 31, 32, 33, 70, 100)
 
 
 def pooled(rows: NDArray[np.float32], encoder: TinyEncoder) -> NDArray[np.float32]:
-    vector = rows[0] if encoder.pooling == "cls" else rows.mean(axis=0)
-    return vector / np.linalg.norm(vector) if encoder.normalize else vector
+    vector: NDArray[np.float32] = rows[0] if encoder.pooling == "cls" else rows.mean(axis=0)
+    if encoder.normalize:
+        vector = vector / np.float32(np.linalg.norm(vector))
+    return vector
 
 
 def make_tiny() -> None:
-    arrays: dict[str, NDArray[np.generic] | str] = {}
+    arrays: dict[str, Any] = {}
     for name, encoder in ENCODERS.items():
         kind = transformers.AutoModelForSequenceClassification if encoder.labels else transformers.AutoModel
         with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.errors import EngineDeadError
-from engine.request import Capabilities, EngineStats, FinishReason, Request, TokenDelta
+from engine.request import (
+    Capabilities,
+    EmbedRequest,
+    EncoderInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    TokenDelta,
+)
 
 VOCAB_SIZE = 128
 EOS = 0
@@ -48,6 +59,11 @@ def say(request: Request, text: str, *, finish: FinishReason | None = FinishReas
     return deltas
 
 
+def lengths(request: EmbedRequest) -> NDArray[np.float32]:
+    """Of each text the vector (number of tokens, sum of tokens, 0, 0)."""
+    return np.array([[len(text.token_ids), sum(text.token_ids), 0, 0] for text in request.inputs], np.float32)
+
+
 class FakeEngine:
     """Plays `script` for every request and remembers what it was asked and what was aborted."""
 
@@ -64,11 +80,31 @@ class FakeEngine:
         self.ready = False
         self.stopped = False
         self.pid: int | None = None
+        self.encoder: EncoderInfo | None = None
+        self.embedding: Callable[[EmbedRequest], NDArray[np.float32] | BaseException | asyncio.Event] = lengths
+        self.embeddings: list[EmbedRequest] = []
 
     async def start(self) -> None:
         if self.may_start is not None:
             await self.may_start.wait()
         self.alive = self.ready = True
+
+    async def embed(self, request: EmbedRequest) -> NDArray[np.float32]:
+        self.embeddings.append(request)
+        self.running.add(request.request_id)
+        self.idle.clear()
+        finished = False
+        try:
+            vectors = self.embedding(request)
+            if isinstance(vectors, asyncio.Event):
+                await vectors.wait()
+                vectors = np.zeros((len(request.inputs), 4), np.float32)
+            finished = True
+            if isinstance(vectors, BaseException):
+                raise vectors
+            return vectors
+        finally:
+            self._leave(request.request_id, finished)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
@@ -86,16 +122,25 @@ class FakeEngine:
                 finished = step.finish_reason is not None
                 yield step
         finally:
-            if not finished:
-                self.aborted.append(request.request_id)
-            self.running.discard(request.request_id)
-            if not self.running:
-                self.idle.set()
+            self._leave(request.request_id, finished)
+
+    def _leave(self, request_id: str, finished: bool) -> None:
+        if not finished:
+            self.aborted.append(request_id)
+        self.running.discard(request_id)
+        if not self.running:
+            self.idle.set()
 
     def capabilities(self) -> Capabilities:
         if not self.ready:
             raise EngineDeadError("not started")
-        return Capabilities(engine="fake", model="fake-model", max_model_len=self.max_model_len, vocab_size=VOCAB_SIZE)
+        return Capabilities(
+            engine="fake",
+            model="fake-model",
+            max_model_len=self.max_model_len,
+            vocab_size=VOCAB_SIZE,
+            encoder=self.encoder,
+        )
 
     async def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self.running), num_blocks=7, num_steps=41)

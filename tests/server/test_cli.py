@@ -82,7 +82,7 @@ def seraph(*arguments: str, home: Path | None = None) -> subprocess.CompletedPro
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "max_num_batched_tokens"),
         (["--host", "192.0.2.1", "--insecure", "--port", "0"], "is no address of this machine"),
         (["x/m.gguf", "y/m.gguf"], "Two models would be called 'm': give each a name of its own"),
-        (["m", "--embedding-model", "e"], "embedding_model must be left out: this engine computes no embeddings yet"),
+        (["m", "--embedding-model", " "], "embedding_model"),
         (["--api-key", "same", "--admin-key", "same"], "--admin-key and --api-key must differ"),
     ],
 )
@@ -118,7 +118,7 @@ def unusable(folder: Path) -> dict[str, str]:
     fused = "model.layers.0.self_attn.qkv_proj.weight"
     cut.tensors[fused] = cut.tensors[fused][:-16]
     return {
-        str(foreign.write(folder / "foreign")): "model_type must be one of gemma2, ",
+        str(foreign.write(folder / "foreign")): "model_type must be one of bert, ",
         str(partial.write(folder / "partial")): "tensor model.layers.1.self_attn.k_norm.weight [16] is missing",
         str(cut.write(folder / "cut")): f"tensor {fused}: expected shape [128, 64], found [112, 64]",
     }

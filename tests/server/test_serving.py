@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.request import Capabilities, WeightsInfo
+from engine.request import Capabilities, EncoderInfo, WeightsInfo
+from server.kinds import Kind
 from server.serving import Table, banner
 from tests.server.support import settings
 
@@ -83,18 +84,28 @@ def test_the_door_is_told() -> None:
 
 def test_several_models_have_a_block_each() -> None:
     other = msgspec.structs.replace(KNOWN, max_model_len=4096)
-    text = banner(
-        settings(admin_key=("a",)), [Table(("m",), KNOWN, {}), Table(("n",), other, {"top_k": 5})], 9000, ["e"]
-    )
+    text = banner(settings(admin_key=("a",)), [Table(("m",), KNOWN, {}), Table(("n",), other, {"top_k": 5})], 9000)
     _, first, second, _ = text.partition("Try it")[0].split("\n\n")
     assert first.splitlines()[0] == "  model      m" and "listening" not in first
     assert second.splitlines()[0] == "  model      n" and "4 requests of full length" in second
-    assert second.splitlines()[-3:] == [
-        "  embeddings e",
+    assert second.splitlines()[-2:] == [
         "  admin      /admin/models, by its key",
         "  listening  http://127.0.0.1:9000",
     ]
     assert '"model": "m"' in text
+
+
+def test_an_encoder_s_block_says_what_it_makes() -> None:
+    encoder = EncoderInfo(model="e", output_size=384, max_input_len=256, vocab_size=100)
+    known = msgspec.structs.replace(KNOWN, max_model_len=256, max_position=256, encoder=encoder)
+    alone = banner(settings(), [Table(("e",), known, {}, False, Kind.EMBED)], 9000)
+    assert "  kernels    avx2, 2 threads\n  context    256 tokens\n  embeds     384 dimensions\n" in alone
+    assert "KV cache" not in alone and "/v1/embeddings " in alone
+    guest = banner(settings(), [Table(("m",), KNOWN, {}), Table(("e",), known, {}, False, Kind.EMBED, "m")], 9000)
+    assert "  kernels    in the gaps of m\n" in guest and "/v1/chat/completions " in guest
+    scorer = msgspec.structs.replace(known, encoder=msgspec.structs.replace(encoder, output_size=1, num_labels=1))
+    scores = banner(settings(), [Table(("e",), scorer, {}, False, Kind.SCORE)], 9000)
+    assert "  scores     1 label\n" in scores and "/v1/rerank " in scores
 
 
 def test_an_engine_that_says_little_leaves_rows_out() -> None:

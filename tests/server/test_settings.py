@@ -236,8 +236,9 @@ def test_several_models(tmp_path: Path) -> None:
     ):
         assert (settings.model, settings.embedding_model) == (("a.gguf", "b.gguf"), "c.gguf")
         assert settings.engine_config("b.gguf").model == "b.gguf"
-    with pytest.raises(ConfigError, match="embedding_model must be left out"):
-        settings.engine_configs()
+        first, second = settings.engine_configs()
+        assert (first.model, first.embedding_model) == ("a.gguf", "c.gguf")
+        assert (second.model, second.embedding_model) == ("b.gguf", None)
 
 
 def generation_config(text: str) -> dict[str, float] | None:

@@ -27,7 +27,8 @@ def spec_of(config: dict[str, Any], *, tied: bool) -> DecoderSpec:
     def read(*names: str) -> Any:
         raise AssertionError(f"the configuration alone must settle it, {names} was read")
 
-    return read_huggingface(Description(config, shapes, read, read)).spec
+    spec: DecoderSpec = read_huggingface(Description(config, shapes, read, read)).spec
+    return spec
 
 
 def assert_turns(rope: RopeSpec, context: int, inv_freq: list[float]) -> None:

@@ -25,7 +25,7 @@ def ids(*tokens: str) -> list[int]:
 
 
 def test_texts_stand_between_the_template_s_tokens() -> None:
-    texts = make().encode(["The river", "", "what is water?"])
+    texts = make().encode_texts(["The river", "", "what is water?"])
     assert [text.token_ids for text in texts] == [
         [CLS, *ids("the", "river"), SEP],
         [CLS, SEP],
@@ -36,27 +36,27 @@ def test_texts_stand_between_the_template_s_tokens() -> None:
 
 def test_pairs_are_told_apart_where_the_model_does_that() -> None:
     pair = [("what", "water is")]
-    (typed,) = make().encode(pair)
+    (typed,) = make().encode_texts(pair)
     assert typed == TextInput([CLS, *ids("what"), SEP, *ids("water", "is"), SEP], 3)
-    (untyped,) = make(pairs_have_types=False).encode(pair)
+    (untyped,) = make(pairs_have_types=False).encode_texts(pair)
     assert untyped == TextInput(typed.token_ids, None)
 
 
 def test_special_tokens_in_a_text_are_text() -> None:
-    hostile, plain = make().encode(["the [SEP] river", "the river"])
+    hostile, plain = make().encode_texts(["the [SEP] river", "the river"])
     assert hostile.token_ids.count(SEP) == 1 and len(hostile.token_ids) > len(plain.token_ids)
     assert plain.token_ids == [CLS, *ids("the", "river"), SEP]
 
 
 def test_a_text_that_is_too_long_is_refused_by_its_index() -> None:
     with pytest.raises(RequestError, match="input 1 must have 1 to 20 tokens, got 32") as caught:
-        make().encode(["the", "water " * 30])
+        make().encode_texts(["the", "water " * 30])
     assert (caught.value.param, caught.value.code) == ("input", "context_length_exceeded")
 
 
 @pytest.mark.parametrize("truncate, length", [(-1, 20), (20, 20), (7, 7), (2, 2), (1, 1)])
 def test_truncation_keeps_the_beginning_and_the_template_s_end(truncate: int, length: int) -> None:
-    (text,) = make().encode(["water " * 30], truncate=truncate)
+    (text,) = make().encode_texts(["water " * 30], truncate=truncate)
     expected = [CLS, *ids("water") * 30]
     assert text.token_ids == ([*expected[: length - 1], SEP] if length > 1 else [CLS])
 
@@ -64,7 +64,7 @@ def test_truncation_keeps_the_beginning_and_the_template_s_end(truncate: int, le
 @pytest.mark.parametrize("truncate", [0, -2, 21])
 def test_a_truncation_that_is_none_is_refused(truncate: int) -> None:
     with pytest.raises(RequestError, match=f"must be -1 or from 1 to 20, got {truncate}"):
-        make().encode(["the"], truncate=truncate)
+        make().encode_texts(["the"], truncate=truncate)
 
 
 def test_a_cut_keeps_types() -> None:
@@ -81,4 +81,4 @@ def test_a_template_with_a_token_that_it_does_not_have_is_malformed() -> None:
 
 def test_half_a_surrogate_pair_is_no_text() -> None:
     with pytest.raises(RequestError, match="surrogate"):
-        make().encode(["the", ("river", "\ud800")])
+        make().encode_texts(["the", ("river", "\ud800")])
