@@ -82,7 +82,6 @@ def seraph(*arguments: str, home: Path | None = None) -> subprocess.CompletedPro
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "max_num_batched_tokens"),
         (["--host", "192.0.2.1", "--insecure", "--port", "0"], "is no address of this machine"),
         (["x/m.gguf", "y/m.gguf"], "Two models would be called 'm': give each a name of its own"),
-        (["m", "--embedding-model", " "], "embedding_model"),
         (["--api-key", "same", "--admin-key", "same"], "--admin-key and --api-key must differ"),
     ],
 )
