@@ -22,6 +22,7 @@ from benchmarks.models import add_model_options, load
 from benchmarks.phases import Phases
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.core import EngineCore
+from engine.models.spec import EncoderSpec
 from engine.request import Request, SamplingParams
 from engine.weights import PackedModel
 
@@ -30,10 +31,18 @@ WARM_TOKENS = 8
 
 
 class Bench:
-    """A core of the model with room for so many streams of so many tokens."""
+    """A core of the model with room for so many streams of so many tokens, perhaps with an encoder beside it."""
 
     def __init__(
-        self, model: PackedModel, *, streams: int, length: int, kv_cache_dtype: str, isa: str, threads: int
+        self,
+        model: PackedModel,
+        encoder: PackedModel[EncoderSpec] | None = None,
+        *,
+        streams: int,
+        length: int,
+        kv_cache_dtype: str,
+        isa: str,
+        threads: int,
     ) -> None:
         blocks = -(-(length + WARM_TOKENS + 1) // BLOCK_SIZE) + 1
         self.core = EngineCore(
@@ -47,6 +56,7 @@ class Bench:
                 threads=threads,
             ),
             model,
+            encoder,
         )
         self.model = model
         self.module, self.threads = native_build(isa), threads
