@@ -43,6 +43,7 @@ class Bench:
         kv_cache_dtype: str,
         isa: str,
         threads: int,
+        tensor_parallel_size: int | None = None,
     ) -> None:
         blocks = -(-(length + WARM_TOKENS + 1) // BLOCK_SIZE) + 1
         self.core = EngineCore(
@@ -54,6 +55,7 @@ class Bench:
                 speculation="off",  # a step is a token
                 isa=isa,
                 threads=threads,
+                tensor_parallel_size=tensor_parallel_size,
             ),
             model,
             encoder,

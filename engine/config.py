@@ -78,7 +78,9 @@ class EngineConfig:
     speculation: str = "prompt-lookup"  # one of SPECULATIONS
     quantization: str | None = None  # one of QUANTIZATIONS; None: see load_model
     huge_pages: str = "auto"  # one of HUGE_PAGES
-    threads: int = 0  # 0: every CPU this process may use
+    threads: int = 0  # of all ranks together; 0: every CPU this process may use
+    tensor_parallel_size: int | None = None  # ranks; None: one for each NUMA node
+    stall_timeout: float = 10.0  # seconds without progress after which a thread counts as stalled
     isa: str = "auto"
     home: Path | None = None  # where models live; None: SERAPH_HOME, else ~/.cache/seraph
 
@@ -116,6 +118,13 @@ class EngineConfig:
         ):
             need(getattr(self, key) in words, key, f"one of {', '.join(word for word in words if word)}")
         need(0 <= self.threads <= 1024, "threads", "0 (automatic) or a count up to 1024")
+        size = self.tensor_parallel_size
+        need(size is None or 1 <= size <= 1024, "tensor_parallel_size", "between 1 and 1024")
+        if size is not None and 0 < self.threads < size:
+            raise ConfigError(
+                f"threads must be at least tensor_parallel_size ({size}), one for each rank, got {self.threads}."
+            )
+        need(0.01 <= self.stall_timeout <= 3600, "stall_timeout", "between 0.01 and 3600 seconds")
         need(self.isa == "auto" or self.isa in ISAS, "isa", f"auto or one of {', '.join(ISAS)}")
 
     def load_options(self) -> dict[str, Any]:

@@ -20,15 +20,15 @@ from engine.cache.sizing import num_kv_blocks
 from engine.config import (
     BLOCK_SIZE,
     EngineConfig,
-    available_cpus,
     memory_limit,
     requested_isa,
 )
 from engine.embedder import Embedder, Turns
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, RequestError, StalledRankError
 from engine.kernels import create_program
 from engine.kernels.batch import Program
 from engine.models.spec import EncoderSpec, ModelInfo
+from engine.ranks import plan_ranks
 from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, TokenDelta
 from engine.resident import describe_weights, num_parameters, resident_weights
 from engine.scheduler.plan import Plan
@@ -46,8 +46,10 @@ class EngineCore:
     """One model, its KV memory and its requests, driven from one thread; perhaps an encoder in its steps' gaps.
 
     `model` and `encoder` stay the caller's, who closes them after the core. `create` compiles the program; `clock`
-    gives Unix time for deadlines, `memory` the bytes this process may use. Raises ConfigError where `config` asks for
-    more context than the model or the KV memory has, or for more KV memory than there is.
+    gives Unix time for deadlines, `memory` the bytes this process may use. With `exit_status` the process ends, with
+    that status, where the thread that steps is the one that stalls; others can be reported. Raises ConfigError where
+    `config` asks for more context than the model or the KV memory has, for more KV memory than there is, or for more
+    ranks than query heads.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class EngineCore:
         create: Callable[..., Program] = create_program,
         clock: Callable[[], float] = time.time,
         memory: Callable[[], int] = memory_limit,
+        exit_status: int = 0,
     ) -> None:
         self.config = config
         self.model_name = model.name
@@ -66,15 +69,19 @@ class EngineCore:
         self.num_blocks = num_kv_blocks(config, model.info.spec, memory=memory)
         self.max_model_len = resolve_max_model_len(config, model.info, self.num_blocks)
         self._weights = describe_weights(model.weights)
+        ranks = plan_ranks(config, model.info.spec.num_heads, exit_status=exit_status)
         self.program = create(
             # Some ropes turn otherwise where more positions are served.
             replace(model.info.spec, max_position=self.max_model_len),
-            resident_weights(config.huge_pages, model, memory()),
+            # Of copies of its own every rank gets one anyway.
+            model.weights if ranks.copy_weights else resident_weights(config.huge_pages, model, memory()),
             num_blocks=self.num_blocks,
-            threads=config.threads or available_cpus(),
+            ranks=ranks,
             isa=requested_isa() if config.isa == "auto" else config.isa,
             kv_dtype=config.kv_cache_dtype,
         )
+        if ranks.copy_weights:
+            model.give_back()
         self._scheduler = Scheduler(
             num_blocks=self.num_blocks,
             max_model_len=self.max_model_len,
@@ -91,7 +98,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        self._embedder = None if encoder is None else Embedder(encoder, config, memory=memory())
+        self._embedder = None if encoder is None else Embedder(encoder, config, memory=memory(), beside=self.program)
         self._turns = Turns()
         self._embedded: list[Embedded] = []
 
@@ -125,7 +132,8 @@ class EngineCore:
         """Compute one step of the decoder, where it has one to do, and a piece of the encoder's work, where it may.
 
         A step is at most max_num_batched_tokens tokens; returns what it produced and what it ended. One that the
-        program fails ends its requests with FinishReason.ERROR; the others go on.
+        program fails ends its requests with FinishReason.ERROR; the others go on. Raises StalledRankError where a
+        thread has stalled: then no step can be computed any more.
         """
         if self._embedder is None or not self._embedder.has_work:
             return self._step()
@@ -155,6 +163,9 @@ class EngineCore:
             return plan.ended
         try:
             chosen = self._runner.run(plan)
+        except StalledRankError:
+            self._scheduler.drop(plan)
+            raise
         except Exception as error:
             logger.exception("step %d failed: %s", self._runner.num_steps, plan)
             return plan.ended + self._scheduler.fail(plan, f"{type(error).__name__}: {error}")
@@ -220,6 +231,7 @@ class EngineCore:
             vocab_size=self.info.spec.vocab_size,
             isa=self.program.isa,
             threads=self.program.threads,
+            num_ranks=self.program.num_ranks,
             max_position=self.info.spec.max_position,
             max_num_seqs=self.config.max_num_seqs,
             checkpoint_format=self.info.checkpoint_format,
@@ -240,7 +252,10 @@ class EngineCore:
             self._embedder.check_integrity()
 
     def close(self) -> None:
-        """Stop the programs' threads and free the KV memory. Idempotent; the core cannot be used afterwards."""
+        """Stop the programs' threads and free the KV memory. Idempotent; the core cannot be used afterwards.
+
+        Raises StalledRankError where a thread does not end and no step has said so.
+        """
         if self._embedder is not None:
             self._embedder.close()
         self.program.close()

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import EngineConfig, available_cpus, requested_isa
-from engine.errors import RequestError
+from engine.errors import RequestError, StalledRankError
 from engine.kernels import create_encoder
-from engine.kernels.batch import EncoderProgram, TextBatch
+from engine.kernels.batch import EncoderProgram, Program, TextBatch
 from engine.models.spec import EncoderSpec
+from engine.ranks import Ranks
 from engine.request import Embedded, EmbedRequest, EncoderInfo, TextInput
 from engine.resident import describe_weights, num_parameters, resident_weights
 
@@ -66,7 +67,8 @@ class Embedder:
     """One encoder and its requests, driven from one thread.
 
     `model` stays the caller's, who closes it after this. Of `config` its threads, isa and huge pages count; `memory` is
-    the bytes this process may use. `create` compiles the program, `clock` gives seconds.
+    the bytes this process may use. It computes on the threads of the program `beside`, or on its own. `create` compiles
+    the program, `clock` gives seconds; `exit_status` as of EngineCore.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Embedder:
         config: EngineConfig,
         *,
         memory: int,
+        beside: Program | None = None,
+        exit_status: int = 0,
         create: Callable[..., EncoderProgram] = create_encoder,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -95,8 +99,14 @@ class Embedder:
             spec,
             resident_weights(config.huge_pages, model, memory),
             max_tokens=max(BATCH_TOKENS, spec.max_position),
-            threads=config.threads or available_cpus(),
+            ranks=Ranks(
+                threads=(config.threads or available_cpus(),),
+                cpus=((),),
+                stall_timeout=config.stall_timeout,
+                exit_status=exit_status,
+            ),
             isa=requested_isa() if config.isa == "auto" else config.isa,
+            beside=beside,
         )
         self.num_texts = 0
         self.num_tokens = 0
@@ -151,7 +161,10 @@ class Embedder:
         return self._seconds_per_token * tokens
 
     def advance(self, *, shared: bool = False) -> list[Embedded]:
-        """Compute one layer of a batch; what requests it ended. `shared`: a decoder waits for the same threads."""
+        """Compute one layer of a batch; what requests it ended. `shared`: a decoder waits for the same threads.
+
+        Raises StalledRankError where a thread has stalled.
+        """
         started = self._clock()
         batch = self._batch
         try:
@@ -162,6 +175,8 @@ class Embedder:
                 if batch is None:
                     return []
             done = self.program.run(1)
+        except StalledRankError:
+            raise
         except Exception as error:
             logger.exception("a batch of the encoder failed")
             self._batch = None

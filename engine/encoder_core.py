@@ -20,12 +20,17 @@ class EncoderCore:
     """An encoder alone, driven as an EngineCore is."""
 
     def __init__(
-        self, config: EngineConfig, model: PackedModel[EncoderSpec], *, memory: Callable[[], int] = memory_limit
+        self,
+        config: EngineConfig,
+        model: PackedModel[EncoderSpec],
+        *,
+        memory: Callable[[], int] = memory_limit,
+        exit_status: int = 0,
     ) -> None:
         self.config = config
         self.model_name = model.name
         self.max_model_len = model.info.spec.max_position
-        self._embedder = Embedder(model, config, memory=memory())
+        self._embedder = Embedder(model, config, memory=memory(), exit_status=exit_status)
         self._embedded: list[Embedded] = []
 
     def add(self, request: Request) -> None:
@@ -89,16 +94,20 @@ class EncoderCore:
 
 
 def build_core(
-    config: EngineConfig, model: PackedModel[Any], encoder: PackedModel[EncoderSpec] | None = None
+    config: EngineConfig,
+    model: PackedModel[Any],
+    encoder: PackedModel[EncoderSpec] | None = None,
+    *,
+    exit_status: int = 0,
 ) -> EngineCore | EncoderCore:
-    """The core of a mapped model, whichever kind it is, with `encoder` beside it.
+    """The core of a mapped model, whichever kind it is, with `encoder` beside it; `exit_status` as of EngineCore.
 
     Raises ConfigError for an encoder beside an encoder, and as EngineCore.
     """
     if not isinstance(model.info.spec, EncoderSpec):
-        return EngineCore(config, model, encoder)
+        return EngineCore(config, model, encoder, exit_status=exit_status)
     if encoder is not None:
         raise ConfigError(
             f"embedding_model goes with a decoder, and {model.name} is an encoder itself: leave embedding_model out."
         )
-    return EncoderCore(config, model)
+    return EncoderCore(config, model, exit_status=exit_status)

@@ -10,6 +10,7 @@ SeraphError
 │   └── ContextLengthError      prompt (plus what must fit after it) exceeds the model's context
 └── EngineError                 the engine failed a correct request
     ├── EngineDeadError         the engine process died while it held the request
+    ├── StalledRankError        a thread of a tensor-parallel rank makes no progress: the engine cannot go on
     └── EngineOverloadedError   no room now; try again later
 
 Foreign errors are mapped onto these where they enter; `server/errors.py` maps these onto HTTP.
@@ -89,6 +90,29 @@ class EngineError(SeraphError):
 
 class EngineDeadError(EngineError):
     """The engine process died while it held the request."""
+
+
+class StalledRankError(EngineError):
+    """A thread of the engine has stalled or died in the middle of its work, and may still write where it wrote.
+
+    `rank` and `thread` (of the rank's) are None where it crossed from another process, as are `phase`, which waits for
+    it, and `seconds`, for how long it made no progress.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        thread: int | None = None,
+        phase: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.thread = thread
+        self.phase = phase
+        self.seconds = seconds
 
 
 class EngineOverloadedError(EngineError):

@@ -39,6 +39,7 @@ from engine.errors import (
     RequestError,
     SeraphError,
     SourceError,
+    StalledRankError,
     UnsupportedModelError,
 )
 from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, TokenDelta
@@ -50,6 +51,12 @@ IDLE_CHECK_MS = 1000
 
 FAILED_LINGER_MS = 5000
 """How long a child that failed to start stays for its parent to read why."""
+
+STALLED_STATUS = 70
+"""Exit status of a child of which a thread has stalled: EX_SOFTWARE of sysexits.h."""
+
+LAST_WORDS_MS = 1000
+"""How long such a child tries to tell its parent."""
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 
@@ -147,6 +154,7 @@ _FAULT_KINDS: dict[str, type[SeraphError]] = {
         RequestError,
         EngineError,
         EngineDeadError,
+        StalledRankError,
         EngineOverloadedError,
     )
 }
@@ -195,8 +203,14 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class Failing(msgspec.Struct, frozen=True, tag=True):
+    """The last message of a child that cannot go on and ends."""
+
+    fault: Fault
+
+
 ToChild = Add | Embed | Abort | StatsRequest
-ToParent = Ready | Failed | Deltas | Vectors | Refused | Aborted | Stats
+ToParent = Ready | Failed | Deltas | Vectors | Refused | Aborted | Stats | Failing
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_child = msgspec.msgpack.Decoder(ToChild).decode
@@ -238,12 +252,17 @@ def run(core: Core, socket: zmq.Socket[bytes], stop_fds: Sequence[int]) -> None:
     """Serve until one of `stop_fds` is readable or at its end.
 
     Idle, it sleeps in poll; busy, it only looks for messages between two steps. An exception out of `core.step` is
-    our bug and leaves the core in an unknown state: it is not caught, the process ends and the parent starts anew.
+    our bug and leaves the core in an unknown state: it is not caught, the process ends and the parent starts anew. So
+    it does at a StalledRankError, which is told to the parent first.
     """
     try:
         _loop(core, socket, stop_fds)
     except zmq.Again:
         logger.warning("the parent has left the socket")  # only then can a send find no room
+    except StalledRankError as error:
+        with contextlib.suppress(zmq.Again):
+            socket.send(encode(Failing(Fault.of(error))), zmq.NOBLOCK)
+        raise
 
 
 def _loop(core: Core, socket: zmq.Socket[bytes], stop_fds: Sequence[int]) -> None:
@@ -348,7 +367,7 @@ def load_core(config: EngineConfig) -> Iterator[Core]:
         encoder = None
         if config.embedding_model is not None:
             encoder = closing(load_encoder(config.embedding_model, home=config.home, **config.load_options()))
-        yield closing(build_core(config, model, encoder))
+        yield closing(build_core(config, model, encoder, exit_status=STALLED_STATUS))
 
 
 def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int:
@@ -385,7 +404,13 @@ def main(argv: Sequence[str] | None = None, build: BuildCore = load_core) -> int
             return 1
         socket.send(encode(ready))
         gc.freeze()  # what is loaded stays: later collections need not walk it
-        run(core, socket, (lifeline, _terminate_fd()))
+        try:
+            run(core, socket, (lifeline, _terminate_fd()))
+        except StalledRankError as error:
+            logger.critical("%s The process ends.", error)
+            context.destroy(linger=LAST_WORDS_MS)
+            # At once: nothing may be freed, and nobody joined, beneath a thread that may go on at any time.
+            os._exit(STALLED_STATUS)
     return 0
 
 

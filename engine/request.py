@@ -179,6 +179,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     features: frozenset[str] = frozenset()  # of: generate, embed, score, grammar, prompt_logprobs, adapter
     isa: str = ""  # kernel build in use; empty where the engine has no such choice, as in the fields below
     threads: int = 0
+    num_ranks: int = 0  # tensor-parallel ranks that the threads form
     max_position: int = 0  # tokens of context the model was made for
     max_num_seqs: int = 0
     checkpoint_format: str = ""  # what the checkpoint stores, as "Q4_1 GGUF"

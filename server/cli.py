@@ -67,6 +67,8 @@ def serve(settings: Settings) -> None:
     "kv_cache_dtype",
     "huge_pages",
     "threads",
+    "tensor_parallel_size",
+    "stall_timeout",
     "isa",
     "config",
     "log_level",

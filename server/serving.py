@@ -241,7 +241,7 @@ class Table:
 
     def rows(self) -> dict[str, str]:
         known = self.known
-        own = f"{known.isa}, {known.threads} thread{'s' if known.threads != 1 else ''}"
+        own = f"{known.isa}, {_threads(known)}"
         same = {
             "model": ", ".join(self.names),
             "weights": _weights(known),
@@ -299,6 +299,20 @@ def _weights(known: Capabilities) -> str:
     millions = known.num_parameters / 1e6
     count = f"{millions:,.0f} million" if millions < 1000 else f"{millions / 1000:,.1f} billion"
     return f"{form or 'unknown'}: {count} parameters in {readable(known.weights.nbytes)}"
+
+
+def _threads(known: Capabilities) -> str:
+    """2 threads; 2 ranks of 1 thread; 3 threads in 2 ranks"""
+    ranks, each = known.num_ranks, known.threads // max(known.num_ranks, 1)
+    if ranks <= 1:
+        return _counted(known.threads, "thread")
+    if ranks * each == known.threads:
+        return f"{ranks} ranks of {_counted(each, 'thread')}"
+    return f"{known.threads} threads in {ranks} ranks"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _context(known: Capabilities) -> str:

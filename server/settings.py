@@ -198,6 +198,20 @@ class Settings:
     threads: int = option(
         0, "Threads of each model's engine; 0: every CPU this process may use.", integer(0, 1024), MACHINE
     )
+    tensor_parallel_size: int | None = option(
+        None,
+        "Ranks that the threads form; each computes its part of every projection and holds its part of the KV cache, "
+        "on CPUs of its own. At most the model's query heads.",
+        integer(1, 1024, "RANKS"),
+        MACHINE,
+        shown_default="one for each NUMA node",
+    )
+    stall_timeout: float = option(
+        10.0,
+        "Time that a step waits for a thread of the engine that makes no progress, before the engine is started anew.",
+        seconds(0.01, 3600),
+        MACHINE,
+    )
     isa: str = option("auto", "Instruction set of the kernels.", choice("auto", *ISAS), MACHINE)
 
     max_body_bytes: int = option(4 << 20, "Largest request body in bytes.", integer(1024, 1 << 30, "BYTES"), REQUESTS)
@@ -265,6 +279,8 @@ class Settings:
             quantization=None if self.quantization == "auto" else self.quantization,
             huge_pages=self.huge_pages,
             threads=self.threads,
+            tensor_parallel_size=self.tensor_parallel_size,
+            stall_timeout=self.stall_timeout,
             isa=self.isa,
         )
 

@@ -18,6 +18,7 @@ ROOMS = {
     "engine": (
         "errors",
         "config",
+        "ranks",
         "logs",
         "request",
         "models",

@@ -21,8 +21,11 @@ from engine import logs
 from engine.config import EngineConfig, child_environment
 from engine.errors import ConfigError, EngineDeadError, EngineError
 from engine.process import (
+    LAST_WORDS_MS,
     MALFORMED,
+    STALLED_STATUS,
     Failed,
+    Failing,
     Ready,
     ToChild,
     ToParent,
@@ -96,6 +99,8 @@ class Child:
         self._stderr_ended: asyncio.Event | None = None
         self._first: asyncio.Future[ToParent] | None = None
         self._on_message: Callable[[ToParent], None] | None = None
+        self._reason = ""  # of its end, as it says itself
+        self._reason_known: asyncio.Event | None = None
 
     @property
     def pid(self) -> int:
@@ -111,6 +116,7 @@ class Child:
         self._first = loop.create_future()
         self._on_message = on_message
         self._stderr_ended = asyncio.Event()
+        self._reason_known = asyncio.Event()
         assert self._process.stderr is not None
         os.set_blocking(self._process.stderr.fileno(), False)
         loop.add_reader(self._process.stderr.fileno(), self._read_stderr)
@@ -153,16 +159,19 @@ class Child:
 
     async def wait(self) -> None:
         """Until the process has ended (after `connect` began)."""
-        assert self._exited is not None
-        await asyncio.shield(self._exited)
+        assert self._exited is not None and self._reason_known is not None
+        if await asyncio.shield(self._exited) == STALLED_STATUS:
+            with contextlib.suppress(TimeoutError):  # its last message may still be on its way
+                await asyncio.wait_for(self._reason_known.wait(), LAST_WORDS_MS / 1000)
 
     def describe_exit(self) -> str:
-        """How the process ended: "was killed by SIGKILL", "exited with status 1"."""
+        """How the process ended: "was killed by SIGKILL", "exited with status 1", and why, where it said so."""
         status = self._process.returncode
         if status is None:
             return "is running"
         if status >= 0:
-            return f"exited with status {status}"
+            reason = self._reason or ("a thread has stalled" if status == STALLED_STATUS else "")
+            return f"exited with status {status}" + (f" ({reason})" if reason else "")
         hint = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"was killed by {signal.Signals(-status).name}{hint}"
 
@@ -226,6 +235,10 @@ class Child:
                 continue
             if self._first is not None and not self._first.done():
                 self._first.set_result(message)
+            elif isinstance(message, Failing):
+                self._reason = message.fault.message.rstrip(".")
+                assert self._reason_known is not None
+                self._reason_known.set()
             elif self._on_message is not None:
                 self._on_message(message)
 

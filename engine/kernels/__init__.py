@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 from engine.kernels.batch import EncoderProgram, Program, Weights
 from engine.kernels.native import NativeProgram, build
 from engine.models.spec import DecoderSpec, EncoderSpec
+from engine.ranks import Ranks
 
 __all__ = ["available_isas", "create_encoder", "create_program", "select_isa"]
 
@@ -40,28 +41,41 @@ def create_program(
     *,
     num_blocks: int,
     threads: int = 1,
+    ranks: Ranks | None = None,
     isa: str = "auto",
     kv_dtype: str = "bf16",
 ) -> Program:
     """Compile `spec` and its packed weights for `isa`, with KV memory of `num_blocks` blocks of `kv_dtype`.
 
-    The weights are used where they lie and must stay there until `close`. Raises ValueError for weights that do not
-    fit the spec, ConfigError as `select_isa`.
+    `ranks` says more than `threads`, and stands in its place; the reference has neither, and the same bits. The weights
+    are used where they lie and must stay there until `close`. Raises ValueError for weights that do not fit the spec,
+    ConfigError as `select_isa`.
     """
     chosen = select_isa(isa)
     if chosen == "reference":
         from engine.kernels.reference import ReferenceProgram  # numpy at length: only where asked for
 
         return ReferenceProgram(spec, weights, num_blocks=num_blocks, kv_dtype=kv_dtype)
-    return NativeProgram(spec, weights, num_blocks=num_blocks, threads=threads, isa=chosen, kv_dtype=kv_dtype)
+    return NativeProgram(
+        spec, weights, num_blocks=num_blocks, threads=threads, ranks=ranks, isa=chosen, kv_dtype=kv_dtype
+    )
 
 
 def create_encoder(
-    spec: EncoderSpec, weights: Weights, *, max_tokens: int, threads: int = 1, isa: str = "auto"
+    spec: EncoderSpec,
+    weights: Weights,
+    *,
+    max_tokens: int,
+    threads: int = 1,
+    ranks: Ranks | None = None,
+    isa: str = "auto",
+    beside: Program | None = None,
 ) -> EncoderProgram:
     """Compile `spec` and its packed weights for `isa`, for batches of up to `max_tokens` tokens.
 
-    The weights are used where they lie and must stay there until `close`. Raises as `create_program`.
+    It runs on the threads of the program `beside`, of the same build, between its steps; without one, on `threads` or
+    `ranks` of its own. The weights are used where they lie and must stay there until `close`. Raises as
+    `create_program`.
     """
     chosen = select_isa(isa)
     if chosen == "reference":
@@ -70,7 +84,14 @@ def create_encoder(
         return ReferenceEncoder(spec, weights, max_tokens=max_tokens)
     from engine.kernels.native_encoder import NativeEncoder  # most engines have no encoder
 
-    return NativeEncoder(spec, weights, max_tokens=max_tokens, threads=threads, isa=chosen)
+    return NativeEncoder(
+        spec,
+        weights,
+        max_tokens=max_tokens,
+        ranks=Ranks.single(threads) if ranks is None else ranks,
+        isa=chosen,
+        beside=beside if isinstance(beside, NativeProgram) else None,
+    )
 
 
 def _executable(isa: str) -> bool:

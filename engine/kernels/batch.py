@@ -125,6 +125,7 @@ class Program(Protocol):
 
     num_blocks: int
     threads: int
+    num_ranks: int
     isa: str
 
     def step(self, batch: StepBatch) -> Int32:
@@ -132,7 +133,8 @@ class Program(Protocol):
 
         Returns the chosen tokens, int32 [R] (empty without sampling); -1 where every token was forbidden.
 
-        Raises ValueError, before anything is written, for arrays of the wrong shape or indices out of range.
+        Raises ValueError, before anything is written, for arrays of the wrong shape or indices out of range, and
+        StalledRankError, now and for ever, where a thread stalls.
         """
         ...
 

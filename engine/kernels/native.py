@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from engine.config import KV_DTYPES
+from engine.errors import StalledRankError
 from engine.kernels.batch import Int32, SamplingArrays, StepBatch, Weights
 from engine.kernels.layout import Correction, PackedTensor
 from engine.kernels.validate import check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
+from engine.ranks import Ranks
 
 ROPE_PIECE = 1024
 """Positions whose rotation is computed at once, when a sequence first reaches one of them: about a millisecond."""
@@ -33,11 +35,20 @@ class NativeProgram:
     """The `Program` of one native build; see `engine.kernels.create_program`. One step at a time."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: Weights, *, num_blocks: int, threads: int, isa: str, kv_dtype: str = "bf16"
+        self,
+        spec: DecoderSpec,
+        weights: Weights,
+        *,
+        num_blocks: int,
+        threads: int = 1,
+        ranks: Ranks | None = None,
+        isa: str,
+        kv_dtype: str = "bf16",
     ) -> None:
         check_weights(spec, weights)
-        if num_blocks < 1 or threads < 1:
-            raise ValueError(f"expected at least 1 block and 1 thread, got {num_blocks} and {threads}")
+        ranks = Ranks.single(threads) if ranks is None else ranks
+        if num_blocks < 1 or min(ranks.threads) < 1:
+            raise ValueError(f"expected at least 1 block and 1 thread, got {num_blocks} and {min(ranks.threads)}")
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype}")
         module = build(isa)
@@ -45,14 +56,15 @@ class NativeProgram:
             raise ValueError(f"the {isa} kernels are not installed")
         self.spec = spec
         self.num_blocks = num_blocks
-        self.threads = threads
+        self.threads = ranks.num_threads
+        self.num_ranks = len(ranks)
         self.isa = isa
         self._module = module
         self._previous_rows = 0
         self._sampling: SamplingArrays | None = None  # of the last step, and what was made of it
         self._native: Any = None
         self._ropes = [RopeTables(rope, spec.max_position) for rope in spec.ropes()]
-        self._program: Any = module.Program(
+        self._program: Any = self._make(
             shape=module.DecoderShape(
                 num_layers=spec.num_layers,
                 hidden=spec.hidden_size,
@@ -79,8 +91,21 @@ class NativeProgram:
             rope_of=[spec.rope_index(i) for i in range(spec.num_layers)],
             num_blocks=num_blocks,
             kv_int8=kv_dtype == "int8",
-            threads=threads,
+            layout=team_layout(module, ranks),
+            copy_weights=ranks.copy_weights,
         )
+
+    def _make(self, **how: Any) -> Any:
+        try:
+            return self._module.Program(**how)
+        except self._module.Stalled as error:  # while each rank copied its weights
+            raise StalledRankError(f"{error}.") from None
+
+    def native(self, isa: str) -> Any:
+        """What the build has of it, for another program of the same build to run on its threads."""
+        if isa != self.isa:
+            raise ValueError(f"expected a program of the {isa} build, got one of {self.isa}")
+        return self._program
 
     def step(self, batch: StepBatch) -> Int32:
         """See `Program.step`."""
@@ -113,6 +138,8 @@ class NativeProgram:
             )
         except TypeError:  # an array of another type
             computed = False
+        except self._module.Stalled as error:
+            raise self._stalled(error) from None
         if not computed:  # the build checks what this checks, and this says what it was
             check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
             raise ValueError("the kernels refuse a step that passes their checks in Python")
@@ -122,7 +149,10 @@ class NativeProgram:
     def copy_blocks(self, pairs: Int32) -> None:
         """See `Program.copy_blocks`."""
         check_copies(pairs, self.num_blocks)
-        self._program.copy_blocks(pairs)
+        try:
+            self._program.copy_blocks(pairs)
+        except self._module.Stalled as error:
+            raise self._stalled(error) from None
 
     def profile(self, on: bool) -> None:
         """Start, or stop, adding up the seconds that each kind of phase takes; those so far are forgotten."""
@@ -133,13 +163,31 @@ class NativeProgram:
         return dict(self._program.phase_seconds())
 
     def close(self) -> None:
-        """See `Program.close`."""
-        self._program.close()
+        """See `Program.close`. Raises StalledRankError where a thread does not end, unless `step` has said so."""
+        try:
+            self._program.close()
+        except self._module.Stalled as error:
+            raise self._stalled(error) from None
+
+    def _stalled(self, error: Exception) -> StalledRankError:
+        """What a build said of the thread that has stalled; nothing that it may write is freed."""
+        rank, thread, phase, seconds = self._program.stalled()
+        return StalledRankError(f"{error}.", rank=rank, thread=thread, phase=phase, seconds=seconds)
 
 
 def native_sampling(module: ModuleType, how: SamplingArrays) -> Any:
     """Sampling arrays as a build's `step` and `sample` take them."""
     return module.Sampling(*(getattr(how, field.name) for field in dataclasses.fields(SamplingArrays)))
+
+
+def team_layout(module: ModuleType, ranks: Ranks) -> Any:
+    """Ranks as the build's team takes them."""
+    return module.TeamLayout(
+        threads=list(ranks.threads),
+        cpus=[list(cpus) for cpus in ranks.cpus],
+        stall_seconds=ranks.stall_timeout,
+        exit_status=ranks.exit_status,
+    )
 
 
 def native_matrix(tensor: PackedTensor) -> tuple[Any, int, int, int, bool]:

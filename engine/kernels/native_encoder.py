@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.errors import StalledRankError
 from engine.kernels.batch import TextBatch, Weights
-from engine.kernels.native import build, native_matrix
+from engine.kernels.native import NativeProgram, build, native_matrix, team_layout
 from engine.kernels.validate import check_texts, check_weights
 from engine.models.spec import EncoderSpec
+from engine.ranks import Ranks
 
 
 class NativeEncoder:
-    """The `EncoderProgram` of one native build; see `engine.kernels.create_encoder`."""
+    """The `EncoderProgram` of one native build; see `engine.kernels.create_encoder`.
 
-    def __init__(self, spec: EncoderSpec, weights: Weights, *, max_tokens: int, threads: int, isa: str) -> None:
+    It runs on the threads of `beside`, between its steps, or on `ranks` of its own.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        weights: Weights,
+        *,
+        max_tokens: int,
+        ranks: Ranks,
+        isa: str,
+        beside: NativeProgram | None = None,
+    ) -> None:
         check_weights(spec, weights)
-        if max_tokens < spec.max_position or threads < 1:
+        if max_tokens < spec.max_position or min(ranks.threads) < 1:
             raise ValueError(
                 f"expected room for a text of {spec.max_position} tokens and at least 1 thread, got {max_tokens} and "
-                f"{threads}"
+                f"{min(ranks.threads)}"
             )
         module = build(isa)
         if module is None:
@@ -26,7 +40,7 @@ class NativeEncoder:
         self.spec = spec
         self.max_tokens = max_tokens
         self.isa = isa
-        team = module.Team(threads, module.max_phases(spec.num_layers))
+        self._module = module
         self._program: Any = module.EncoderProgram(
             shape=module.EncoderShape(
                 num_layers=spec.num_layers,
@@ -46,7 +60,8 @@ class NativeEncoder:
             vectors={name: tensor.data for name, tensor in weights.items() if tensor.format is None},
             matrices={name: native_matrix(tensor) for name, tensor in weights.items() if tensor.format is not None},
             max_tokens=max_tokens,
-            team=team,
+            layout=team_layout(module, ranks),
+            beside=None if beside is None else beside.native(isa),
         )
 
     def begin(self, batch: TextBatch) -> None:
@@ -61,7 +76,10 @@ class NativeEncoder:
 
     def run(self, layers: int) -> bool:
         """See `EncoderProgram.run`."""
-        done: bool = self._program.run(layers)
+        try:
+            done: bool = self._program.run(layers)
+        except self._module.Stalled as error:
+            raise self._stalled(error) from None
         return done
 
     def profile(self, on: bool) -> None:
@@ -73,5 +91,16 @@ class NativeEncoder:
         return dict(self._program.phase_seconds())
 
     def close(self) -> None:
-        """See `EncoderProgram.close`."""
-        self._program.close()
+        """See `EncoderProgram.close`. Raises StalledRankError where a thread does not end, unless `run` has said so."""
+        try:
+            self._program.close()
+        except self._module.Stalled as error:
+            raise self._stalled(error) from None
+
+    def _stalled(self, error: Exception) -> StalledRankError:
+        """What a build said of the thread that has stalled; nothing that it may write is freed."""
+        told = self._program.stalled()
+        if told is None:  # in a step of the program beside it
+            return StalledRankError(f"{error}.")
+        rank, thread, phase, seconds = told
+        return StalledRankError(f"{error}.", rank=rank, thread=thread, phase=phase, seconds=seconds)

@@ -47,6 +47,7 @@ class ReferenceProgram:
 
     isa = "reference"
     threads = 1
+    num_ranks = 1
 
     def __init__(
         self,

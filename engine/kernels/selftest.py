@@ -26,6 +26,7 @@ from engine.kernels.native import NativeProgram, build, native_matrix, native_sa
 from engine.kernels.reference import ReferenceProgram, kernel_matrix
 from engine.kernels.reference_sampler import sample, uniform
 from engine.models.spec import DecoderSpec, RopeSpec
+from engine.ranks import Ranks
 
 UNFUSED = frozenset({"portable"})
 """Builds without fused multiply-adds: they round once more than the twin, whose bits all others give."""
@@ -55,6 +56,9 @@ SPEC = DecoderSpec(
 )
 PROMPT = 45  # tokens: over one KV block, and not a whole number of them
 CHUNK = 31
+
+ONE, TWO = Ranks.single(1), Ranks.single(2)
+UNEVEN = Ranks(threads=(1, 2), cpus=((), ()), copy_weights=True)
 
 
 class BuildState(msgspec.Struct, frozen=True):
@@ -135,15 +139,16 @@ def _decoder(isa: str, create: Callable[..., Program], bits: int, correction: Co
     # Rounding once more moves an activation to the next of its levels here and there.
     tolerance = 2e-2
     first: Float32 | None = None
-    for threads, chunk in ((1, PROMPT), (2, CHUNK)):
-        program = create(SPEC, weights, num_blocks=4, threads=threads, isa=isa)
+    for ranks, chunk in ((ONE, PROMPT), (TWO, CHUNK), (UNEVEN, CHUNK)):
+        program = create(SPEC, weights, num_blocks=4, ranks=ranks, isa=isa)
         try:
             got = _logits(program, tokens, chunk)
         finally:
             program.close()
-        _need_equal(isa, f"logits, {threads} threads, {chunk} tokens a step", expected, got, tolerance=tolerance)
+        how = f"{ranks.num_threads} threads in {len(ranks)} ranks, {chunk} tokens a step"
+        _need_equal(isa, f"logits, {how}", expected, got, tolerance=tolerance)
         first = got if first is None else first
-        _need(bool((got == first).all()), f"{threads} threads and {chunk} tokens a step give other bits than 1 thread")
+        _need(bool((got == first).all()), f"{how}: other bits than 1 thread gives")
 
 
 def _sampler(module: ModuleType) -> None:

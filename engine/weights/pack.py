@@ -134,9 +134,13 @@ class PackedModel(Generic[Spec]):
             copy.flags.writeable = False
             copies[name] = PackedTensor(tensor.format, copy if tensor.format is not None else copy.view(np.float32))
             offset += size
-        if self._mapping is not None:
-            self._mapping.madvise(mmap.MADV_DONTNEED)  # of a file: nothing is lost, it is read again where it is wanted
+        self.give_back()
         return copies
+
+    def give_back(self) -> None:
+        """Give the memory back that the mapped file takes here; what is still wanted of it is read again."""
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def write_packed(

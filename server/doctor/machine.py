@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.config import available_cpus, memory_limit
+from engine.ranks import numa_nodes
 from server.doctor.finding import Finding, ok, readable, warning
 
 RELEVANT_FLAGS = (
@@ -36,12 +37,14 @@ def examine(
     proc: Path = Path("/proc"),
     cpus: Callable[[], int] = available_cpus,
     memory: Callable[[], int] = memory_limit,
+    nodes: Callable[[], Sequence[Sequence[int]]] = numa_nodes,
 ) -> Iterator[Finding]:
     """Findings about the machine. The arguments stand in for where they come from."""
     yield ok("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     model, flags = _cpuinfo(proc)
     yield ok("processor", f"{model}; {', '.join(flag for flag in RELEVANT_FLAGS if flag in flags) or 'no known flags'}")
     yield _cores(cpus())
+    yield _nodes(nodes())
     yield _memory(proc, memory())
 
 
@@ -64,6 +67,13 @@ def _cores(usable: int) -> Finding:
     if usable < affinity:
         limits.append("the cgroup's quota")
     return ok("cores", f"{usable} usable of {total}" + (f", by {' and '.join(limits)}" if limits else ""))
+
+
+def _nodes(nodes: Sequence[Sequence[int]]) -> Finding:
+    if len(nodes) == 1:
+        return ok("NUMA nodes", "1: one tensor-parallel rank by default")
+    cores = ", ".join(str(len(cpus)) for cpus in nodes)
+    return ok("NUMA nodes", f"{len(nodes)} of {cores} usable cores: a tensor-parallel rank each by default")
 
 
 def _memory(proc: Path, limit: int) -> Finding:

@@ -43,6 +43,7 @@ class FakeProgram:
 
     isa = "fake"
     threads = 1
+    num_ranks = 1
 
     def __init__(self, *, num_blocks: int, spec: DecoderSpec | None = None) -> None:
         self.num_blocks = num_blocks

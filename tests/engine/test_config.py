@@ -52,6 +52,12 @@ def test_what_is_no_memory_size(text: str) -> None:
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of bf16, int8, got 'fp8'."),
         ({"speculation": "eagle"}, "speculation must be one of prompt-lookup, off, got 'eagle'."),
         ({"huge_pages": "yes"}, "huge_pages must be one of auto, on, off, got 'yes'."),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be between 1 and 1024, got 0."),
+        (
+            {"tensor_parallel_size": 3, "threads": 2},
+            r"threads must be at least tensor_parallel_size \(3\), one for each rank, got 2.",
+        ),
+        ({"stall_timeout": float("nan")}, "stall_timeout must be between 0.01 and 3600 seconds, got nan."),
         ({"quantization": "int2"}, "quantization must be one of none, int8, int4, got 'int2'."),
     ],
 )

@@ -13,9 +13,10 @@ import pytest
 
 from engine.config import EngineConfig, gives_huge_pages
 from engine.core import EngineCore
-from engine.errors import ConfigError, ContextLengthError, RequestError
+from engine.errors import ConfigError, ContextLengthError, RequestError, StalledRankError
 from engine.kernels.layout import PackedTensor
 from engine.models.spec import ModelInfo
+from engine.ranks import Ranks
 from engine.request import FinishReason, SamplingParams, TokenDelta
 from engine.resident import resident_weights
 from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request, make_spec
@@ -37,6 +38,9 @@ class FakeModel:
         )
     )
     weights: Mapping[str, Any] = field(default_factory=dict)
+
+    def give_back(self) -> None:
+        """Of a machine with several NUMA nodes."""
 
 
 class Created:
@@ -87,10 +91,12 @@ def test_requests_run_to_their_ends() -> None:
 def test_the_program_is_told_what_the_configuration_says() -> None:
     created, model = Created(), FakeModel()
     fake: Any = model
-    EngineCore(
-        EngineConfig(kv_cache_tokens=100, kv_cache_dtype="int8", isa="portable", threads=3), fake, create=created
+    config = EngineConfig(
+        kv_cache_tokens=100, kv_cache_dtype="int8", isa="portable", threads=3, tensor_parallel_size=1, stall_timeout=4
     )
-    assert created.how == {"num_blocks": 4, "threads": 3, "isa": "portable", "kv_dtype": "int8"}
+    EngineCore(config, fake, create=created, exit_status=9)
+    ranks = Ranks(threads=(3,), cpus=((),), stall_timeout=4, exit_status=9)
+    assert created.how == {"num_blocks": 4, "ranks": ranks, "isa": "portable", "kv_dtype": "int8"}
 
 
 @pytest.mark.parametrize(
@@ -179,12 +185,14 @@ def test_a_failed_step_fails_its_requests_and_nobody_else(caplog: pytest.LogCapt
     assert tokens_of(deltas, "r0") == []
 
 
-def test_an_interrupted_step_is_computed_again() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StalledRankError("thread 0 of rank 1")], ids=repr)
+def test_an_interrupted_step_is_computed_again(error: BaseException) -> None:
+    """As for a stalled thread: it is our driver who ends then, not the request."""
     core, program = make_core()
     request = make_request("a", [1] * 40)
     core.add(request)
-    program.fail_with = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+    program.fail_with = error
+    with pytest.raises(type(error)):
         core.step()
     core.check_integrity()
     assert tokens_of(drain(core), "a") == expected_output(request)
@@ -282,9 +290,9 @@ def test_weights_are_copied_where_there_is_room(
     huge_pages: str, nbytes: int, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = Weighty(nbytes)
-    monkeypatch.setattr("engine.core.gives_huge_pages", lambda: True)
+    monkeypatch.setattr("engine.resident.gives_huge_pages", lambda: True)
     assert (not resident_weights(huge_pages, model, 32 << 20)) is copied
-    monkeypatch.setattr("engine.core.gives_huge_pages", lambda: False)
+    monkeypatch.setattr("engine.resident.gives_huge_pages", lambda: False)
     assert (not resident_weights(huge_pages, model, 32 << 20)) is (huge_pages == "on")
 
 

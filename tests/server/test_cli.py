@@ -131,6 +131,14 @@ def test_a_model_that_cannot_be_used(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_more_ranks_than_the_model_has_query_heads(tmp_path: Path) -> None:
+    source = str(tiny_folder("qwen3").write(tmp_path / "model"))
+    done = seraph("serve", source, "--port", "0", "--tensor-parallel-size", "9")
+    assert done.returncode == WRONG_CONFIG
+    assert "tensor_parallel_size must be at most 4, the query heads of the model, got 9." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     folder = tiny_folder("qwen3").write(tmp_path / "bare")
     (folder / "chat_template.jinja").unlink()

@@ -53,14 +53,16 @@ def proc(tmp_path: Path) -> Path:
 
 def test_this_machine() -> None:
     found = by_subject(machine.examine())
-    assert list(found) == ["system", "processor", "cores", "memory"]
+    assert list(found) == ["system", "processor", "cores", "NUMA nodes", "memory"]
     assert found["cores"].detail.startswith(f"{len(os.sched_getaffinity(0))} usable of ")
 
 
 def test_a_machine_with_limits(proc: Path) -> None:
-    found = by_subject(machine.examine(proc=proc, cpus=lambda: 0, memory=lambda: 2_000_000_000))
+    nodes = [[0, 1], [2]]
+    found = by_subject(machine.examine(proc=proc, cpus=lambda: 0, memory=lambda: 2_000_000_000, nodes=lambda: nodes))
     assert found["processor"].detail == "Fancy 9000; avx2, fma"
     assert found["cores"].detail.endswith("the cgroup's quota")
+    assert found["NUMA nodes"].detail == "2 of 2, 1 usable cores: a tensor-parallel rank each by default"
     assert found["memory"].detail == "4.1 GB, 3.1 GB available; the cgroup allows 2.0 GB"
     assert set(states(found).values()) == {State.OK}
 

@@ -55,6 +55,10 @@ def test_the_table() -> None:
         ({"max_model_len": 16384}, "KV cache", "16384 tokens in 512 blocks, 377 MB: 1 request of full length"),
         ({"max_model_len": 10000}, "KV cache", "16384 tokens in 512 blocks, 377 MB: 1.6 requests of full length"),
         ({"threads": 1}, "kernels", "avx2, 1 thread"),
+        ({"num_ranks": 1}, "kernels", "avx2, 2 threads"),
+        ({"num_ranks": 2}, "kernels", "avx2, 2 ranks of 1 thread"),
+        ({"threads": 8, "num_ranks": 2}, "kernels", "avx2, 2 ranks of 4 threads"),
+        ({"threads": 3, "num_ranks": 2}, "kernels", "avx2, 3 threads in 2 ranks"),
         (
             {"weights": WeightsInfo(nbytes=14_500_000_000, bits=16), "num_parameters": 7_241_732_096},
             "weights",

@@ -9,7 +9,8 @@ constexpr int kBlock = 32;      // tokens of a KV block
 constexpr int kSegment = 512;   // positions whose softmax is computed apart: split points are absolute, so fixed
 constexpr int kMaxQueries = 12; // query vectors that share one pass over the keys and values
 
-// KV memory: [block][layer][kv head][keys, then values], so that a block is one contiguous copy.
+// KV memory: [block][layer][kv head][keys, then values], so that a block is one contiguous copy. A tensor-parallel rank
+// has one of its own for its heads.
 //
 // bf16: keys are [head_dim / 2][32 tokens][2 dims], values [32 / 2][head_dim][2 tokens]: in both, one register of pairs
 // widens to two registers of floats. int8: the same with bytes, of which a register of pairs widens to one of 16-bit

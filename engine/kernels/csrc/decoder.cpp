@@ -13,6 +13,11 @@ namespace {
 constexpr int kOwnRows = 4;       // up to here every thread quantizes a projection's input for itself
 constexpr int kPageFloats = 1024; // floats of a page of memory
 
+// Of phases, in the order of Op.
+constexpr const char* kNames[] = {"embed", "attn_norm", "qkv",    "rope",     "attend", "merge",
+                                  "out",   "ffn_norm",  "router", "dispatch", "gather", "gate_up",
+                                  "down",  "combine",   "final",  "head",     "sample"};
+
 template <class T>
 void grow(std::vector<T>& v, int64_t size) {
     if (static_cast<int64_t>(v.size()) < size)
@@ -21,20 +26,26 @@ void grow(std::vector<T>& v, int64_t size) {
 
 } // namespace
 
-Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCache& kv, int threads)
-    : shape_(shape), weights_(std::move(weights)), kv_(kv), team_(threads, 13 * shape.num_layers + 4),
-      own_(static_cast<size_t>(threads)), own_phase_(static_cast<size_t>(threads)),
-      scratch_(static_cast<size_t>(threads)), sampler_(static_cast<size_t>(threads)) {
+Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, int num_blocks, bool kv_int8,
+                 const TeamLayout& layout)
+    : shape_(shape), weights_(std::move(weights)), team_(layout, 13 * shape.num_layers + 4) {
+    const auto threads = static_cast<size_t>(team_.size());
+    own_.resize(threads);
+    own_phase_.resize(threads);
+    scratch_.resize(threads);
+    sampler_.resize(threads);
+    make_memory(num_blocks, kv_int8);
+    divide_weights();
     for (const DecoderLayer& layer : weights_.layers) {
         size_t at = 0;
         while (at < attentions_.size() && attentions_[at].window() != layer.window)
             ++at;
         if (at == attentions_.size())
-            attentions_.emplace_back(kv_, shape.num_heads, layer.window, shape.attention_softcap, threads);
+            attentions_.emplace_back(kv_, shape.num_heads, layer.window, shape.attention_softcap, team_.size());
         attention_at_.push_back(at);
         post_norms_ |= layer.post_attn_norm || layer.post_ffn_norm;
     }
-    const auto add = [this](Op op, int layer, const Matrix* w) { phases_.push_back({op, layer, w}); };
+    const auto add = [this](Op op, int layer, const Projection* w) { phases_.push_back({op, layer, w}); };
     add(Op::kEmbed, 0, &weights_.embed);
     for (int i = 0; i < shape.num_layers; ++i) {
         const DecoderLayer& layer = weights_.layers[i];
@@ -63,6 +74,7 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCach
     add(Op::kHead, 0, &weights_.head);
     add(Op::kSample, 0, nullptr);
     work_.resize(phases_.size());
+    first_tiles_.resize(phases_.size() * (static_cast<size_t>(team_.num_ranks()) + 1));
     // What attention leaves is float32 already: a matrix of bfloat16 reads it where it lies. The gate leaves either.
     for (const auto& [op, layer, w] : phases_) {
         if (op == Op::kQkv || op == Op::kOut || op == Op::kGateUp || op == Op::kHead) {
@@ -85,6 +97,7 @@ void Decoder::run(const Step& step, const int32_t* previous) {
         last = now;
     };
     previous_ = previous;
+    other_work_ = nullptr;
     prepare(step);
     Team::After after;
     if (profiling_) {
@@ -92,7 +105,8 @@ void Decoder::run(const Step& step, const int32_t* previous) {
         after = [&](int phase) { lap(op_seconds_[static_cast<int>(phases_[phase].op)]); };
     }
     team_.run(
-        work_, [this](int phase, int first, int last, int thread) { compute(phase, first, last, thread); }, after);
+        work_, [this](int phase, int first, int last, int thread) { compute(phase, first, last, thread); }, after,
+        [this](int phase) { return name_of(phase); });
 }
 
 void Decoder::profile(bool on) {
@@ -102,9 +116,6 @@ void Decoder::profile(bool on) {
 }
 
 std::vector<std::pair<std::string, double>> Decoder::phase_seconds() const {
-    static constexpr const char* kNames[] = {"embed", "attn_norm", "qkv",    "rope",     "attend", "merge",
-                                             "out",   "ffn_norm",  "router", "dispatch", "gather", "gate_up",
-                                             "down",  "combine",   "final",  "head",     "sample"};
     static_assert(std::size(kNames) == static_cast<size_t>(Op::kCount));
     std::vector<std::pair<std::string, double>> all{{"prepare", prepare_seconds_}};
     for (size_t i = 0; i < std::size(kNames); ++i)
@@ -112,11 +123,24 @@ std::vector<std::pair<std::string, double>> Decoder::phase_seconds() const {
     return all;
 }
 
+std::string Decoder::name_of(int phase) const {
+    if (other_work_)
+        return other_work_;
+    const auto [op, layer, w] = phases_[phase];
+    const bool of_layer = op != Op::kEmbed && op != Op::kFinal && op != Op::kHead && op != Op::kSample;
+    return std::string("phase ") + kNames[static_cast<int>(op)] +
+           (of_layer ? " of layer " + std::to_string(layer) : std::string());
+}
+
 void Decoder::prepare(const Step& step) {
     const DecoderShape& s = shape_;
     const int64_t tokens = step.num_tokens, rows = step.num_rows;
     const int q_size = s.num_heads * s.head_dim;
     step_ = step;
+    if (step.sampling) { // the caller's may be gone before a stalled thread is
+        sampling_ = *step.sampling;
+        step_.sampling = &sampling_;
+    }
     // A norm that changes the residual stream must happen once.
     own_activations_ = step.num_tokens <= kOwnRows && !post_norms_ && s.num_experts == 0;
     const int64_t choices = tokens * s.experts_per_token;
@@ -163,45 +187,63 @@ void Decoder::prepare(const Step& step) {
         attention.plan(step_);
     std::fill(own_phase_.begin(), own_phase_.end(), -1);
     for (size_t p = 0; p < phases_.size(); ++p)
-        work_[p] = work_of(phases_[p]);
+        work_[p] = work_of(static_cast<int>(p));
 }
 
 // The head leaves next to nothing of its rows, so all threads may share them, and read its weights once.
-int Decoder::rows_of_tile(Op op, int rows) const {
-    return tile_rows(rows, op == Op::kHead ? 1 : team_.size());
+int Decoder::rows_of_tile(Op op, int rows, int rank) const {
+    return tile_rows(rows, op == Op::kHead ? 1 : team_.threads_of(rank));
 }
 
-Team::Work Decoder::work_of(const Phase& phase) {
+// Tiles that each rank keeps to itself, count(rank) of them.
+template <class Count>
+Team::Work Decoder::divided(int phase, int grain, const Count& count) {
+    int* first = &first_tiles_[static_cast<size_t>(phase) * (static_cast<size_t>(team_.num_ranks()) + 1)];
+    first[0] = 0;
+    for (int rank = 0; rank < team_.num_ranks(); ++rank)
+        first[rank + 1] = first[rank] + count(rank);
+    return {first[team_.num_ranks()], grain, first, false};
+}
+
+Team::Work Decoder::work_of(int number) {
+    const Phase& phase = phases_[number];
     const int row_tiles = ceil_div(step_.num_tokens, kRowsPerTile);
     // Few rows: a tile is half a strip, so that no thread waits long for another. A thread takes both halves of a strip
     // together wherever it can, for every other half of each cell streams from memory at less than half the pace.
     const auto projection = [&](int rows, bool halves) -> Team::Work {
+        const auto& shards = phase.w->shards;
         if (halves && rows <= kMaxRows)
-            return {2 * phase.w->num_strips(), 2};
-        return {phase.w->num_strips() * ceil_div(rows, rows_of_tile(phase.op, rows)), 1};
+            return divided(number, 2, [&](int rank) { return shards[rank].last_half - shards[rank].first_half; });
+        return divided(number, 1, [&](int rank) {
+            return shards[rank].strips.num_strips() * ceil_div(rows, rows_of_tile(phase.op, rows, rank));
+        });
     };
     const bool wants_logits = step_.num_rows > 0 && (step_.logits || step_.sampling);
     const int choices = step_.num_tokens * shape_.experts_per_token, active = std::min(choices, shape_.num_experts);
-    const Team::Work of_experts{phase.w ? active * phase.w->num_strips() : 0, 1}; // at most
+    const auto of_experts = [&] { // at most
+        return divided(number, 1, [&](int rank) { return active * phase.w->shards[rank].strips.num_strips(); });
+    };
     switch (phase.op) {
     case Op::kEmbed:
         return {step_.num_tokens, 1};
     case Op::kAttnNorm:
     case Op::kFfnNorm:
         return {own_activations_ ? 0 : row_tiles, 1};
-    case Op::kRope:
-        return {row_tiles, 1};
-    case Op::kAttend:
-        return {attention_of(phase.layer).num_tiles(), 1};
+    case Op::kRope: // writes a rank's KV memory
+        return divided(number, 1, [&](int rank) { return kv_[rank].num_kv_heads > 0 ? row_tiles : 0; });
+    case Op::kAttend: { // KV heads cannot always be divided evenly
+        const StepAttention& attention = attention_of(phase.layer);
+        return {attention.num_tiles(), 1, attention.first_tiles(), true};
+    }
     case Op::kMerge:
         return {own_activations_ || !phase.w->quantized() ? attention_of(phase.layer).num_split_rows() : row_tiles, 1};
     case Op::kQkv:
     case Op::kOut:
         return projection(step_.num_tokens, true);
     case Op::kDown:
-        return shape_.num_experts > 0 ? of_experts : projection(step_.num_tokens, true);
+        return shape_.num_experts > 0 ? of_experts() : projection(step_.num_tokens, true);
     case Op::kGateUp: // its epilogue needs a strip's two halves, gate and up
-        return shape_.num_experts > 0 ? of_experts : projection(step_.num_tokens, false);
+        return shape_.num_experts > 0 ? of_experts() : projection(step_.num_tokens, false);
     case Op::kRoute:
     case Op::kCombine:
         return {row_tiles, 1};
@@ -229,8 +271,10 @@ void Decoder::compute(int phase, int first, int last, int thread) {
         return embed(first);
     case Op::kAttnNorm:
         return norm_tile(phase, first, thread);
-    case Op::kRope:
-        return rope(i, first, thread);
+    case Op::kRope: {
+        const int rank = team_.rank_of(thread);
+        return rope(i, first - work_[phase].of_rank[rank], rank, thread);
+    }
     case Op::kAttend:
         return attention_of(i).attend(i, first, qkv_.data(), layer.qkv.n, thread, attended_.data());
     case Op::kMerge:
@@ -350,22 +394,27 @@ InputRows Decoder::input_of(int phase, int thread) {
     return {own.quants(), own.values.data()};
 }
 
-// Tiles of a projection: a strip times tile_rows() rows, or, where the grain is two, halves of one. Between a pass
-// and its epilogue its sums lie in `out`: whatever is added to a projection before its epilogue is added there.
+// Tiles of a projection: a strip of the rank's, or what is the rank's of it, times tile_rows() rows, or, where the
+// grain is two, halves of one. Between a pass and its epilogue its sums lie in `out`: whatever is added to a projection
+// before its epilogue is added there.
 void Decoder::project(int phase, int first, int last, int thread) {
     const auto [op, layer, matrix] = phases_[phase];
     const auto& experts = weights_.layers[layer].experts;
     const bool routed = (op == Op::kGateUp || op == Op::kDown) && !experts.empty();
-    const int strips = matrix->num_strips();
-    if (routed && first / strips >= static_cast<int>(routing_.active.size()))
+    const int rank = team_.rank_of(thread), tile = first - work_[phase].of_rank[rank];
+    const int strips = matrix->shards[rank].strips.num_strips();
+    if (routed && tile / strips >= static_cast<int>(routing_.active.size()))
         return;
-    const int expert = routed ? routing_.active[static_cast<size_t>(first / strips)] : 0;
-    const Matrix& w = !routed ? *matrix : op == Op::kGateUp ? experts[expert].gate_up : experts[expert].down;
+    const int expert = routed ? routing_.active[static_cast<size_t>(tile / strips)] : 0;
+    const Projection& w = !routed ? *matrix : op == Op::kGateUp ? experts[expert].gate_up : experts[expert].down;
+    const Shard& shard = w.shards[rank];
     const int num_rows = op == Op::kHead ? step_.num_rows : step_.num_tokens;
-    const int size = rows_of_tile(op, num_rows);
+    const int size = rows_of_tile(op, num_rows, rank);
     const bool halves = work_[phase].grain == 2; // of all rows
-    const int strip = halves ? first / 2 : first % strips, chunk = halves ? 0 : first / strips;
-    const int first_half = halves ? first % 2 : 0, last_half = halves ? last - 2 * strip : 2;
+    const int own = halves ? first / 2 - shard.first_strip() : tile % strips, chunk = halves ? 0 : tile / strips;
+    const int first_half = halves ? first % 2 : shard.begin_of(own);
+    const int last_half = halves ? last - first / 2 * 2 : shard.end_of(own);
+    const int strip = shard.first_strip() + own;
     const int begin = routed ? routing_.first[expert] : chunk * size;
     const int count = routed ? routing_.count[expert] : std::min(size, num_rows - begin);
     const InputRows x = input_of(phase, thread);
@@ -385,7 +434,7 @@ void Decoder::project(int phase, int first, int last, int thread) {
                 __builtin_prefetch(to + static_cast<int64_t>(r) * w.n + strip * kStrip + c, 1);
         }
     };
-    project_tile(w, strip, first_half, last_half, x, begin, count, out, fetch, [&](int row, int rows) {
+    project_tile(shard.strips, own, first_half, last_half, x, begin, count, out, fetch, [&](int row, int rows) {
         epilogue(op, layer, w, row, rows, strip * kStrip, first_half * 32, last_half * 32, thread, out);
     });
 }
@@ -460,11 +509,13 @@ void Decoder::epilogue(Op op, int layer, const Matrix& w, int row, int rows, int
     }
 }
 
-// Norms the heads of queries and keys where the model wants that, turns them (Su et al., 2021, half-split lanes), folds
-// the softmax scale into the queries and writes keys and values into their blocks.
-void Decoder::rope(int layer, int tile, int thread) {
+// Norms a rank's heads of queries and keys where the model wants that, turns them (Su et al., 2021, half-split lanes),
+// folds the softmax scale into the queries and writes keys and values into their blocks.
+void Decoder::rope(int layer, int tile, int rank, int thread) {
     const int d = shape_.head_dim, half = shape_.rope_dim / 2;
     const int q_size = shape_.num_heads * d, kv_size = shape_.num_kv_heads * d;
+    const KvCache& kv = kv_[rank];
+    const int first_kv = team_.part(shape_.num_kv_heads, rank), group = shape_.num_heads / shape_.num_kv_heads;
     const auto& [cosines, sines] = weights_.layers[layer].rope;
     const float *q_norm = weights_.layers[layer].q_norm, *k_norm = weights_.layers[layer].k_norm;
     float* key = scratch_[thread].data();
@@ -489,19 +540,19 @@ void Decoder::rope(int layer, int tile, int thread) {
             for (i = 2 * half; i < d; ++i)
                 to[i] = from[i] * factor;
         };
-        for (int h = 0; h < shape_.num_heads; ++h) {
+        for (int h = first_kv * group; h < (first_kv + kv.num_kv_heads) * group; ++h) {
             if (q_norm)
                 norm(qkv + h * d, q_norm, d, qkv + h * d);
             rotate(qkv + h * d, shape_.attention_scale, qkv + h * d);
         }
         const int32_t* table = step_.block_tables + static_cast<int64_t>(request_of_[row]) * step_.max_blocks;
         const int block = table[position / kBlock];
-        for (int h = 0; h < shape_.num_kv_heads; ++h) {
-            float* stored = qkv + q_size + h * d;
+        for (int h = 0; h < kv.num_kv_heads; ++h) {
+            float* stored = qkv + q_size + (first_kv + h) * d;
             if (k_norm)
                 norm(stored, k_norm, d, stored);
             rotate(stored, 1.0f, key);
-            kv_.write(block, layer, h, position % kBlock, key, qkv + q_size + kv_size + h * d);
+            kv.write(block, layer, h, position % kBlock, key, stored + kv_size);
         }
     }
 }

@@ -9,7 +9,9 @@
 
 #include "attention.h"
 #include "matmul.h"
+#include "pages.h"
 #include "sampler.h"
+#include "shards.h"
 #include "step.h"
 #include "step_attention.h"
 #include "threads.h"
@@ -33,7 +35,7 @@ struct RopeTable {
 };
 
 struct Expert {
-    Matrix gate_up, down;
+    Projection gate_up, down;
 };
 
 // Vectors that a model has not are null. Where there are experts, gate_up and down are theirs alone.
@@ -42,28 +44,41 @@ struct DecoderLayer {
     const float *post_attn_norm, *post_ffn_norm; // [hidden] of what they add to the residual stream
     const float *q_norm, *k_norm;                // [head_dim] of each head, before it is turned
     const float* qkv_bias;                       // [q_size + 2 * kv_size]
-    Matrix qkv, o, gate_up, down;
-    Matrix router; // [num_experts, hidden], bfloat16
+    Projection qkv, o, gate_up, down;
+    Projection router; // [num_experts, hidden], bfloat16, not divided
     std::vector<Expert> experts;
     int window; // positions that a token attends, itself included; 0: all
     RopeTable rope;
 };
 
 struct DecoderWeights {
-    Matrix embed, head; // the same matrix where tied
+    Projection embed, head; // the same matrix where tied; embed is not divided
     const float* final_norm;
     std::vector<DecoderLayer> layers;
 };
 
 class Decoder {
   public:
-    // `kv` is zeroed memory, owned by the caller as the weights are.
-    Decoder(const DecoderShape& shape, DecoderWeights weights, const KvCache& kv, int threads);
+    // Weights are the caller's, and used where they lie.
+    Decoder(const DecoderShape& shape, DecoderWeights weights, int num_blocks, bool kv_int8, const TeamLayout& layout);
+
+    // What follows throws Stalled. Then this decoder and all that it was given, weights and steps, must stay as long as
+    // the process: the thread may go on one day.
+
+    // From now on every rank reads a copy of its own of the weights it computes with, on its NUMA node.
+    void copy_weights();
 
     // Computes one step. Token ids below 0 refer to `previous`, the tokens that the step before chose.
     void run(const Step& step, const int32_t* previous);
 
-    int threads() const { return team_.size(); }
+    // Copies blocks, [n] pairs of (from, to).
+    void copy_blocks(const int32_t* pairs, int n);
+
+    // Ends the threads; there are no more steps.
+    void stop() { team_.stop(); }
+
+    // What another program may run on between two steps.
+    Team& team() { return team_; }
 
     // From now on, or no longer, steps add up the seconds that each kind of phase takes; those so far are forgotten.
     void profile(bool on);
@@ -96,7 +111,8 @@ class Decoder {
     struct Phase {
         Op op;
         int layer;
-        const Matrix* w; // of a projection; of a phase before it, the one whose input it makes; of experts, the first's
+        const Projection*
+            w; // of a projection; of a phase before it, the one whose input it makes; of experts, the first's
     };
     // Which rows of a step go to which expert. Rows of one expert lie together, in the order of tokens, from a multiple
     // of kMaxRows on; there is a row for every token and expert it goes to.
@@ -111,8 +127,14 @@ class Decoder {
     };
 
     void prepare(const Step& step);
-    int rows_of_tile(Op op, int rows) const;
-    Team::Work work_of(const Phase& phase);
+    std::string name_of(int phase) const;
+    void make_memory(int num_blocks, bool kv_int8);
+    std::vector<Projection*> divided_weights();
+    void divide_weights();
+    int rows_of_tile(Op op, int rows, int rank) const;
+    template <class Count>
+    Team::Work divided(int phase, int grain, const Count& count);
+    Team::Work work_of(int phase);
     void compute(int phase, int first, int last, int thread);
 
     void embed(int token);
@@ -129,7 +151,7 @@ class Decoder {
     void dispatch();
     void gather(int tile, bool quantized);
     void combine(int layer, int tile);
-    void rope(int layer, int tile, int thread);
+    void rope(int layer, int tile, int rank, int thread);
     StepAttention& attention_of(int layer) { return attentions_[attention_at_[layer]]; }
     void merge(StepAttention& attention, const Matrix& w, int index);
     void final_row(int row, int thread);
@@ -137,23 +159,28 @@ class Decoder {
 
     DecoderShape shape_;
     DecoderWeights weights_;
-    KvCache kv_;
     std::vector<Phase> phases_;
     int widest_quants_ = 0, widest_floats_ = 0;                      // inputs of a row that phases prepare in each form
     bool gated_quants_wanted_ = false, gated_floats_wanted_ = false; // by some layer's down
     bool post_norms_ = false;                                        // what a layer adds is normed first
+    const char* other_work_ = nullptr;                               // what the team does if it is no step
     Team team_;
-    std::vector<StepAttention> attentions_; // one for each window
-    std::vector<size_t> attention_at_;      // [layers] which one
+    std::vector<std::unique_ptr<Pages>> kv_pages_; // [ranks]
+    std::vector<KvCache> kv_;                      // [ranks] of each rank's KV heads
+    std::unique_ptr<RankCopies> copies_;           // of the weights, where ranks have their own
+    std::vector<StepAttention> attentions_;        // one for each window
+    std::vector<size_t> attention_at_;             // [layers] which one
 
     bool profiling_ = false;
     double prepare_seconds_ = 0, op_seconds_[static_cast<int>(Op::kCount)] = {};
 
     // Of the step that runs.
     Step step_{};
+    Sampling sampling_{};
     const int32_t* previous_ = nullptr;
     bool own_activations_ = false; // few rows: each thread makes a projection's input for itself, a phase is saved
     std::vector<Team::Work> work_; // [phases]
+    std::vector<int> first_tiles_; // [phases][ranks + 1] of each rank, where ranks keep to their own
     std::vector<float> x_, qkv_, attended_;   // [tokens, ...]
     std::vector<float> branch_;               // [tokens, hidden] what is to be normed and added to x_ before it is read
     std::vector<float> logits_;               // [rows, vocab], where the caller wants none

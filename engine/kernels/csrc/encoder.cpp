@@ -14,7 +14,7 @@ Encoder::Encoder(const EncoderShape& shape, EncoderWeights weights, const KvCach
     : shape_(shape), weights_(std::move(weights)), team_(team),
       positions_(static_cast<size_t>(shape.max_position) * shape.hidden),
       types_(static_cast<size_t>(shape.num_types) * shape.hidden), kv_(kv),
-      attention_(kv, shape.num_heads, 0, 0.0f, team.size()), own_(static_cast<size_t>(team.size())) {
+      attention_({kv}, shape.num_heads, 0, 0.0f, team.size()), own_(static_cast<size_t>(team.size())) {
     for (const EncoderLayer& layer : weights_.layers)
         (layer.down.w.quantized() ? gated_quants_wanted_ : gated_floats_wanted_) = true;
     for (int p = 0; p < shape.max_position; ++p)
@@ -71,6 +71,15 @@ void Encoder::begin(const EncoderBatch& batch) {
 }
 
 bool Encoder::run(int layers) {
+    const int most = (team_.max_phases() - 2) / (kLeastPhases - 2);
+    for (; layers > most; layers -= most) {
+        if (run_some(most))
+            return true;
+    }
+    return run_some(layers);
+}
+
+bool Encoder::run_some(int layers) {
     const int last = std::min(next_layer_ + layers, shape_.num_layers);
     phases_.clear();
     if (next_layer_ == 0)
@@ -103,7 +112,7 @@ bool Encoder::run(int layers) {
             for (int tile = first; tile < last; ++tile)
                 compute(phases_[static_cast<size_t>(phase)], tile, thread);
         },
-        after);
+        after, [this](int phase) { return name_of(phases_[static_cast<size_t>(phase)].op); });
     return done;
 }
 
@@ -112,13 +121,17 @@ void Encoder::profile(bool on) {
     std::fill(std::begin(op_seconds_), std::end(op_seconds_), 0.0);
 }
 
-std::vector<std::pair<std::string, double>> Encoder::phase_seconds() const {
+std::string Encoder::name_of(Op op) {
     static constexpr const char* kNames[] = {"embed",     "qkv", "store", "attend",   "quantize", "out",
                                              "attn_norm", "up",  "down",  "ffn_norm", "answer"};
     static_assert(std::size(kNames) == static_cast<size_t>(Op::kCount));
+    return kNames[static_cast<size_t>(op)];
+}
+
+std::vector<std::pair<std::string, double>> Encoder::phase_seconds() const {
     std::vector<std::pair<std::string, double>> all;
-    for (size_t i = 0; i < std::size(kNames); ++i)
-        all.emplace_back(kNames[i], op_seconds_[i]);
+    for (int i = 0; i < static_cast<int>(Op::kCount); ++i)
+        all.emplace_back(name_of(static_cast<Op>(i)), op_seconds_[i]);
     return all;
 }
 

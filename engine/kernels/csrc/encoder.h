@@ -63,14 +63,18 @@ class Encoder {
     // weights are. `team` must outlive the encoder.
     Encoder(const EncoderShape& shape, EncoderWeights weights, const KvCache& kv, Team& team);
 
-    // Phases of one call of run() at most, which the team must have room for.
-    static int max_phases(int num_layers) { return kPhasesPerLayer * num_layers + 2; }
+    // A team must have room for so many phases at least: one layer is computed at a time where it has no more.
+    static constexpr int kLeastPhases = 9 + 2;
 
     // Begins a batch; its arrays must stay until it is done.
     void begin(const EncoderBatch& batch);
     // Computes the next `layers` layers of the batch, with the first one its embeddings, and after the last one its
     // answers. True once it is done.
     bool run(int layers);
+
+    // Ends the threads of a team that is this encoder's alone.
+    void stop() { team_.stop(); }
+    const Team& team() const { return team_; }
 
     // From now on, or no longer, batches add up the seconds that each kind of phase takes; those so far are forgotten.
     void profile(bool on);
@@ -79,7 +83,6 @@ class Encoder {
 
   private:
     static constexpr int kRowsPerTile = kMaxRows; // of the row-wise phases
-    static constexpr int kPhasesPerLayer = 9;
 
     enum class Op { kEmbed, kQkv, kStore, kAttend, kQuantize, kOut, kAttnNorm, kUp, kDown, kFfnNorm, kAnswer, kCount };
     struct Phase {
@@ -87,6 +90,8 @@ class Encoder {
         int layer;
     };
 
+    static std::string name_of(Op op);
+    bool run_some(int layers);
     const Affine& projection_of(const Phase& phase) const;
     Team::Work work_of(const Phase& phase) const;
     void compute(const Phase& phase, int tile, int thread);

@@ -8,14 +8,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <map>
 #include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -26,6 +24,7 @@
 #include "check.h"
 #include "decoder.h"
 #include "encoder.h"
+#include "gather.h"
 #include "matmul.h"
 #include "probe.h"
 #include "sampler.h"
@@ -67,28 +66,6 @@ template <class T>
 int64_t length(const std::optional<Array<T>>& array) {
     return array && array->ndim() > 0 ? static_cast<int64_t>(array->shape(0)) : 0;
 }
-
-// Zeroed memory in huge pages where the system gives them; pages are taken when first written.
-class Pages {
-  public:
-    explicit Pages(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
-        data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (data_ == MAP_FAILED)
-            throw std::bad_alloc();
-        madvise(data_, bytes_, MADV_HUGEPAGE);
-    }
-    ~Pages() { munmap(data_, bytes_); }
-    Pages(const Pages&) = delete;
-    Pages& operator=(const Pages&) = delete;
-    template <class T>
-    T* as() const {
-        return static_cast<T*>(data_);
-    }
-
-  private:
-    void* data_;
-    size_t bytes_;
-};
 
 // SamplingArrays, in the order of its fields.
 struct PySampling {
@@ -146,13 +123,20 @@ struct PySampling {
     }
 };
 
+// Of a thread that has stalled: its rank, its number there, the phase that waits for it, seconds.
+std::optional<std::tuple<int, int, std::string, double>> told(const std::optional<Stalled>& stalled) {
+    if (!stalled)
+        return std::nullopt;
+    return std::tuple(stalled->rank, stalled->thread, stalled->phase, stalled->seconds);
+}
+
 class Program {
   public:
     // Tensors by the names of DecoderSpec.tensor_shapes; of every layer its window and which of `ropes` it turns by.
     Program(const DecoderShape& shape, const std::map<std::string, Floats>& vectors,
             const std::map<std::string, PackedMatrix>& matrices, const std::vector<int>& windows,
             const std::vector<std::pair<Floats, Floats>>& ropes, const std::vector<int>& rope_of, int num_blocks,
-            bool kv_int8, int threads)
+            bool kv_int8, const TeamLayout& layout, bool copy_weights)
         : shape_(shape), num_blocks_(num_blocks), ropes_(ropes) {
         const auto vector = [&](const std::string& name) -> const float* {
             const auto found = vectors.find(name);
@@ -202,12 +186,19 @@ class Program {
         }
         if (vectors_.size() != vectors.size() || bytes_.size() != matrices.size())
             throw std::invalid_argument("Program: tensors that no layer has");
-        KvCache kv{nullptr, shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_int8};
-        block_bytes_ = kv.block_bytes();
-        kv_ = std::make_unique<Pages>(block_bytes_ * num_blocks);
-        kv.data = kv_->as<uint8_t>();
-        decoder_ = std::make_unique<Decoder>(shape, std::move(w), kv, threads);
+        decoder_ = std::make_unique<Decoder>(shape, std::move(w), num_blocks, kv_int8, layout);
+        if (copy_weights)
+            guard([&] { decoder_->copy_weights(); });
     }
+
+    ~Program() {
+        try {
+            close();
+        } catch (const Stalled&) { // what it may write stays
+        }
+    }
+    Program(const Program&) = delete;
+    Program& operator=(const Program&) = delete;
 
     // False, and nothing is written, for what check_batch in engine/kernels/validate.py refuses.
     bool step(Ints token_ids, Ints positions, Ints query_starts, Ints seq_lens, Ints block_tables, Ints logits_rows,
@@ -245,34 +236,62 @@ class Program {
                                 static_cast<int>(previous_.size())};
         if (!fits(step, limits) || (sampling && !sampling->fits(step.num_rows, shape_.vocab)))
             return false;
-        decoder.run(step, previous_.data());
+        guard([&] { decoder.run(step, previous_.data()); }, token_ids, positions, query_starts, seq_lens, block_tables,
+              logits_rows, logits, hidden, chosen, sampling ? std::optional(*sampling) : std::nullopt);
         previous_.assign(step.chosen, step.chosen + (sampling ? step.num_rows : 0));
         return true;
     }
 
     void copy_blocks(Ints pairs) {
-        open();
-        uint8_t* memory = kv_->as<uint8_t>();
-        for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
-            std::memcpy(memory + pairs.data()[i + 1] * block_bytes_, memory + pairs.data()[i] * block_bytes_,
-                        static_cast<size_t>(block_bytes_));
-        }
+        Decoder& decoder = open();
+        guard([&] { decoder.copy_blocks(pairs.data(), static_cast<int>(pairs.size() / 2)); }, pairs);
     }
 
     void profile(bool on) { open().profile(on); }
 
     std::vector<std::pair<std::string, double>> phase_seconds() { return open().phase_seconds(); }
 
+    // Of the thread that has stalled: its rank, its number there, the phase that waits for it, seconds.
+    std::optional<std::tuple<int, int, std::string, double>> stalled() const { return told(stalled_); }
+
     void close() {
+        if (decoder_)
+            guard([&] { decoder_->stop(); });
+        if (decoder_ && decoder_->team().broken()) // in the work of another program: what it may write stays
+            keep();
         decoder_.reset();
-        kv_.reset();
     }
+
+    // What an encoder may run on between two steps.
+    Team& team() { return open().team(); }
 
   private:
     Decoder& open() {
+        if (stalled_)
+            throw *stalled_;
         if (!decoder_)
             throw std::runtime_error("the program is closed");
         return *decoder_;
+    }
+
+    // Does what may throw Stalled. Then all that the stalled thread may still read or write, these arrays among it,
+    // stays for good: nobody owns it any more.
+    template <class Work, class... Arrays>
+    void guard(const Work& work, const Arrays&... arrays) {
+        try {
+            work();
+        } catch (const Stalled& stalled) {
+            stalled_.emplace(stalled);
+            keep(arrays...);
+            throw;
+        }
+    }
+
+    template <class... Arrays>
+    void keep(const Arrays&... arrays) {
+        [[maybe_unused]] const auto* kept =
+            new auto(std::make_tuple(decoder_.release(), std::move(vectors_), std::move(bytes_), std::move(ropes_),
+                                     std::move(previous_), arrays...));
     }
 
     DecoderShape shape_;
@@ -280,18 +299,20 @@ class Program {
     std::vector<Floats> vectors_; // kept alive: the decoder points into them
     std::vector<Bytes> bytes_;
     std::vector<std::pair<Floats, Floats>> ropes_; // cos and sin, [positions, rope_dim / 2] each
-    int64_t block_bytes_;
-    std::unique_ptr<Pages> kv_;
     std::unique_ptr<Decoder> decoder_;
+    std::optional<Stalled> stalled_;
     std::vector<int32_t> previous_;
 };
 
 class EncoderProgram {
   public:
-    // Tensors by the names of EncoderSpec.tensor_shapes.
+    // Tensors by the names of EncoderSpec.tensor_shapes. It runs on the team of the decoder of `beside`, between its
+    // steps, or, where that is null, on one of its own.
     EncoderProgram(const EncoderShape& shape, const std::map<std::string, Floats>& vectors,
-                   const std::map<std::string, PackedMatrix>& matrices, int max_tokens, Team& team)
-        : shape_(shape), max_tokens_(max_tokens) {
+                   const std::map<std::string, PackedMatrix>& matrices, int max_tokens, const TeamLayout& layout,
+                   Program* beside)
+        : shape_(shape), max_tokens_(max_tokens), beside_(beside),
+          own_team_(beside ? nullptr : std::make_unique<Team>(layout, kMaxPhases)) {
         for (const auto& [name, vector] : vectors)
             vectors_.push_back(vector);
         for (const auto& [name, packed] : matrices)
@@ -316,8 +337,17 @@ class EncoderProgram {
         KvCache kv{nullptr, 1, shape.num_heads, shape.hidden / shape.num_heads, false};
         kv_ = std::make_unique<Pages>(kv.block_bytes() * max_tokens);
         kv.data = kv_->as<uint8_t>();
-        encoder_ = std::make_unique<Encoder>(shape, std::move(w), kv, team);
+        encoder_ = std::make_unique<Encoder>(shape, std::move(w), kv, beside ? beside->team() : *own_team_);
     }
+
+    ~EncoderProgram() {
+        try {
+            close();
+        } catch (const Stalled&) { // what it may write stays
+        }
+    }
+    EncoderProgram(const EncoderProgram&) = delete;
+    EncoderProgram& operator=(const EncoderProgram&) = delete;
 
     // False, and nothing changes, for arrays that check_texts in engine/kernels/validate.py refuses.
     bool begin(Ints token_ids, Ints types, Ints starts, Array<float> out) {
@@ -352,7 +382,7 @@ class EncoderProgram {
             throw std::invalid_argument("run: expected a batch that was begun and at least one layer");
         {
             nb::gil_scoped_release release;
-            running_ = !encoder.run(layers);
+            guard([&] { running_ = !encoder.run(layers); });
         }
         if (!running_) {
             token_ids_.reset();
@@ -367,14 +397,40 @@ class EncoderProgram {
 
     std::vector<std::pair<std::string, double>> phase_seconds() { return open().phase_seconds(); }
 
+    // As Program::stalled().
+    std::optional<std::tuple<int, int, std::string, double>> stalled() const { return told(stalled_); }
+
     void close() {
         running_ = false;
+        if (encoder_ && own_team_)
+            guard([&] { encoder_->stop(); });
         encoder_.reset();
+        own_team_.reset();
         kv_.reset();
     }
 
   private:
+    static constexpr int kMaxPhases = 256;
+
+    // As in Program.
+    template <class Work>
+    void guard(const Work& work) {
+        try {
+            work();
+        } catch (const Stalled& stalled) {
+            stalled_.emplace(stalled);
+            [[maybe_unused]] const auto* kept = new auto(std::make_tuple(
+                encoder_.release(), own_team_.release(), kv_.release(), std::move(vectors_), std::move(bytes_),
+                std::move(token_ids_), std::move(types_), std::move(starts_), std::move(out_)));
+            throw;
+        }
+    }
+
     Encoder& open() {
+        if (stalled_)
+            throw *stalled_;
+        if (beside_)
+            beside_->team(); // throws where it is closed, or has stalled
         if (!encoder_)
             throw std::runtime_error("the program is closed");
         return *encoder_;
@@ -382,10 +438,13 @@ class EncoderProgram {
 
     EncoderShape shape_;
     int max_tokens_;
+    Program* beside_;
     std::vector<Floats> vectors_; // kept alive, as the matrices' bytes: the encoder points into them
     std::vector<Bytes> bytes_;
     std::unique_ptr<Pages> kv_;
+    std::unique_ptr<Team> own_team_;
     std::unique_ptr<Encoder> encoder_;
+    std::optional<Stalled> stalled_;
     bool running_ = false;
     std::optional<Ints> token_ids_, types_, starts_; // of the batch that is computed
     std::optional<Array<float>> out_;
@@ -492,12 +551,17 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("bias_tokens").noconvert(), nb::arg("bias_values").noconvert(),
              nb::arg("mask_rows").noconvert().none(), nb::arg("masks").noconvert().none(),
              nb::arg("mask_ready").noconvert().none());
+    nb::exception<Stalled>(m, "Stalled", PyExc_RuntimeError);
+    nb::class_<TeamLayout>(m, "TeamLayout")
+        .def(nb::init<std::vector<int>, std::vector<std::vector<int>>, double, int>(), nb::arg("threads"),
+             nb::arg("cpus"), nb::arg("stall_seconds"), nb::arg("exit_status"));
     nb::class_<Program>(m, "Program")
         .def(nb::init<const DecoderShape&, const std::map<std::string, Floats>&,
                       const std::map<std::string, PackedMatrix>&, const std::vector<int>&,
-                      const std::vector<std::pair<Floats, Floats>>&, const std::vector<int>&, int, bool, int>(),
+                      const std::vector<std::pair<Floats, Floats>>&, const std::vector<int>&, int, bool,
+                      const TeamLayout&, bool>(),
              nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("windows"), nb::arg("ropes"),
-             nb::arg("rope_of"), nb::arg("num_blocks"), nb::arg("kv_int8"), nb::arg("threads"))
+             nb::arg("rope_of"), nb::arg("num_blocks"), nb::arg("kv_int8"), nb::arg("layout"), nb::arg("copy_weights"))
         // What has another type is not converted, which would be a copy, but refused.
         .def("step", &Program::step, nb::arg("token_ids").noconvert(), nb::arg("positions").noconvert(),
              nb::arg("query_starts").noconvert(), nb::arg("seq_lens").noconvert(), nb::arg("block_tables").noconvert(),
@@ -506,10 +570,8 @@ NB_MODULE(SERAPH_MODULE, m) {
         .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
         .def("profile", &Program::profile, nb::arg("on"))
         .def("phase_seconds", &Program::phase_seconds)
-        .def("close", &Program::close);
-    nb::class_<Team>(m, "Team")
-        .def(nb::init<int, int>(), nb::arg("threads"), nb::arg("max_phases"))
-        .def_prop_ro("size", &Team::size);
+        .def("stalled", &Program::stalled)
+        .def("close", &Program::close, nb::call_guard<nb::gil_scoped_release>());
     nb::enum_<EncoderActivation>(m, "EncoderActivation")
         .value("gelu", EncoderActivation::kGelu)
         .value("gelu_tanh", EncoderActivation::kGeluTanh)
@@ -522,20 +584,23 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("query_scale"), nb::arg("activation"), nb::arg("pooling"), nb::arg("normalize"));
     nb::class_<EncoderProgram>(m, "EncoderProgram")
         .def(nb::init<const EncoderShape&, const std::map<std::string, Floats>&,
-                      const std::map<std::string, PackedMatrix>&, int, Team&>(),
-             nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("max_tokens"), nb::arg("team"),
-             nb::keep_alive<1, 6>())
+                      const std::map<std::string, PackedMatrix>&, int, const TeamLayout&, Program*>(),
+             nb::arg("shape"), nb::arg("vectors"), nb::arg("matrices"), nb::arg("max_tokens"), nb::arg("layout"),
+             nb::arg("beside").none(), nb::keep_alive<1, 7>())
         .def("begin", &EncoderProgram::begin, nb::arg("token_ids").noconvert(), nb::arg("types").noconvert(),
              nb::arg("starts").noconvert(), nb::arg("out").noconvert())
         .def("run", &EncoderProgram::run, nb::arg("layers"))
         .def("profile", &EncoderProgram::profile, nb::arg("on"))
         .def("phase_seconds", &EncoderProgram::phase_seconds)
-        .def("close", &EncoderProgram::close);
-    m.def("max_phases", &Encoder::max_phases, nb::arg("num_layers"));
+        .def("stalled", &EncoderProgram::stalled)
+        .def("close", &EncoderProgram::close, nb::call_guard<nb::gil_scoped_release>());
     m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
     m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"));
     m.def("time_matmul", &time_matmul, nb::arg("matrix"), nb::arg("copies"), nb::arg("m"), nb::arg("turns"),
           nb::arg("threads"));
+    m.def("time_gather", &time_gather, nb::arg("bytes"), nb::arg("layout"), nb::arg("turns"),
+          nb::call_guard<nb::gil_scoped_release>());
+    m.def("time_copy", &time_copy, nb::arg("bytes"), nb::arg("turns"), nb::call_guard<nb::gil_scoped_release>());
     m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"),
           nb::call_guard<nb::gil_scoped_release>());
     m.def("int8_rate", &int8_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());

@@ -13,8 +13,8 @@ namespace seraph {
 // The attention of the layers that look equally far back: over the last `window` positions, or, at 0, over all.
 class StepAttention {
   public:
-    // `softcap`: see attend_segment().
-    StepAttention(const KvCache& kv, int num_heads, int window, float softcap, int threads);
+    // `kv`: each rank's, whose heads follow those of the rank before. `softcap`: see attend_segment().
+    StepAttention(const std::vector<KvCache>& kv, int num_heads, int window, float softcap, int threads);
 
     int window() const { return window_; }
 
@@ -22,6 +22,8 @@ class StepAttention {
     void plan(const Step& step);
 
     int num_tiles() const { return static_cast<int>(tiles_.size()); }
+    // Tiles of the heads of rank r: from first_tiles()[r] to first_tiles()[r + 1].
+    const int* first_tiles() const { return first_tiles_.data(); }
 
     // Tile `index` of `layer`: rotated queries in the first num_heads * head_dim floats of each row of qkv (rows are
     // `width` floats apart) to attended [tokens, num_heads * head_dim]. Split rows are left for merge().
@@ -33,10 +35,10 @@ class StepAttention {
     void merge(int i, float* attended);
 
   private:
-    // Query rows [row, row + rows) of one request, one KV head, positions from `first`, the beginning of a block, to
-    // `last`.
+    // Query rows [row, row + rows) of one request, KV head `head` of a rank's, positions from `first`, the beginning of
+    // a block, to `last`.
     struct Tile {
-        int32_t row, rows, request, head, first, last;
+        int32_t row, rows, request, rank, head, first, last;
         bool split; // several tiles share the rows: states are left for merge()
     };
     struct SplitRow {
@@ -50,11 +52,13 @@ class StepAttention {
     float* state_of(int row, int head, int segment);
     void store_state(const Softmax& from, int row, int head, int segment);
 
-    KvCache kv_;
-    int num_heads_, window_, threads_;
+    std::vector<KvCache> kv_;                                    // [ranks]
+    std::vector<int> first_kv_head_;                             // [ranks + 1]
+    int num_heads_, head_dim_, shared_heads_, window_, threads_; // shared_heads_: query heads of a KV head
     float softcap_;
     const Step* step_ = nullptr;
     std::vector<Tile> tiles_;
+    std::vector<int> first_tiles_; // [ranks + 1]
     std::vector<SplitRow> split_rows_;
     std::vector<int64_t> state_at_;            // [tokens] where the state of a split row's segment 0 would be
     std::vector<float> states_;                // of split rows: [segment][head][kStateHead + head_dim]

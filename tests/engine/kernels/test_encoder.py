@@ -179,7 +179,7 @@ def test_a_batch_that_makes_no_sense_is_refused_and_the_one_before_goes_on(case:
 
 def test_a_program_has_room_for_the_longest_text(case: Case) -> None:
     with pytest.raises(ValueError, match="room for a text of 100 tokens and at least 1 thread, got 99 and 1"):
-        create_encoder(case.spec, case.model.weights, max_tokens=99)
+        create_encoder(case.spec, case.model.weights, max_tokens=99, isa=available_isas()[0])
 
 
 def test_a_closed_program_computes_nothing(case: Case) -> None:
