@@ -70,6 +70,7 @@ bench: $(STAMPS)/seraph $(STAMPS)/bench ## measure kernels, sampler and engine b
 	@$(PY) -m benchmarks.engine $(ARGS)
 	@$(PY) -m benchmarks.speculation $(ARGS)
 	@$(PY) -m benchmarks.contention $(ARGS)
+	@$(PY) -m benchmarks.sharing $(ARGS)
 	@$(PY) -m benchmarks.ranks $(ARGS)
 
 .PHONY: bench-peers
