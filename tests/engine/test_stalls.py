@@ -20,7 +20,8 @@ from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 from engine.process import STALLED_STATUS
 from engine.request import Request, SamplingParams
-from engine.weights import load_model
+from engine.weights import load_encoder, load_model
+from tests.tiny_encoders import ENCODERS, seed_of
 from tests.tiny_gguf import write_tiny_llama
 from tests.tracing import Stopped, stopped, thread_named, wait_until_asleep
 
@@ -50,13 +51,18 @@ def attempt(what):
     else:
         say("done")
 
-llm = LLM(sys.argv[1], home=Path(sys.argv[2]), kv_cache_tokens=1024, tensor_parallel_size=2, threads=3,
-          stall_timeout=float(sys.argv[3]), progress=False)
+source = Path(sys.argv[1])
+beside = {} if source.is_dir() else {"tensor_parallel_size": 2, "embedding_model": str(source.parent / "minilm")}
+llm = LLM(sys.argv[1], home=Path(sys.argv[2]), kv_cache_tokens=1024, threads=3, stall_timeout=float(sys.argv[3]),
+          progress=False, **beside)
 generate = lambda: llm.generate([[5, 6, 7]], SHORT, progress=False)
-generate()
+embed = lambda: llm.embed(["the river", "bread", "water"] * 20, progress=False)
+if beside:
+    generate()
+embed()
 say("ready")
 for name in sys.argv[4:]:
-    attempt({"generate": generate, "close": llm.close}[name])
+    attempt({"generate": generate, "embed": embed, "close": llm.close}[name])
 say("the end")
 """
 
@@ -66,6 +72,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     write_tiny_llama(path)
     load_model(str(path), home=path.parent).close()
+    encoder = ENCODERS["minilm"].write(path.parent / "minilm", seed_of("minilm"))
+    load_encoder(str(encoder), home=path.parent).close()
     return path
 
 
@@ -111,6 +119,32 @@ def test_a_stalled_thread_is_named_and_nobody_waits_for_it(source: Path) -> None
         assert "thread 0 of tensor-parallel rank 1 has made no progress for 1 s: phase " in said
         assert tell(process) == said, "no further step can be computed"
         assert tell(process) == tell(process) == "done", "what closes it frees nothing, and says nothing again"
+        assert heard(process) == "the end"
+
+
+def test_an_encoder_beside_a_decoder_with_stalled_threads_goes_on_until_a_step_needs_them(source: Path) -> None:
+    """Nothing of an encoder is a rank's own: the others take what a stalled thread has not begun."""
+    with (
+        script(source, "embed", "generate", "embed", "close") as process,
+        stopped(process.pid, "seraph-r1t0"),
+        stopped(process.pid, "seraph-r1t1"),
+    ):
+        assert tell(process) == "done"
+        said = tell(process)
+        assert said.startswith("1 0 phase ") and "thread 0 of tensor-parallel rank 1 has made no progress" in said
+        assert "thread 0 of tensor-parallel rank 1 has made no progress" in tell(process), "its team is broken"
+        assert tell(process) == "done"
+        assert heard(process) == "the end"
+
+
+def test_a_thread_of_an_encoder_alone_that_does_not_end_is_named(source: Path) -> None:
+    with (
+        script(source.parent / "minilm", "embed", "close", "close") as process,
+        stopped(process.pid, "seraph-r0t1"),
+    ):
+        assert tell(process) == "done", "the others take what it would have done"
+        assert tell(process).startswith("0 1 the end | thread 1 of tensor-parallel rank 0 has made no progress")
+        assert tell(process) == "done"
         assert heard(process) == "the end"
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.kernels import available_isas, create_encoder
+from engine.kernels import available_isas, create_encoder, create_program
 from engine.kernels.batch import EncoderProgram, Float32, Int32, TextBatch
 from engine.kernels.reference_encoder import ReferenceEncoder
 from engine.models.spec import EncoderSpec
-from engine.weights import PackedModel, load_encoder
+from engine.ranks import Ranks
+from engine.weights import PackedModel, load_encoder, load_model
 from tests.tiny_encoders import ENCODERS, digest_of, seed_of
+from tests.tiny_gguf import write_tiny_llama
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "encoders.npz"
 MEAN_COSINE = {"none": 0.9999, "int8": 0.999, "int4": 0.95}
@@ -175,6 +177,24 @@ def test_a_batch_that_makes_no_sense_is_refused_and_the_one_before_goes_on(case:
     while not program.run(1):
         pass
     assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_on_the_threads_of_a_decoder_s_ranks_it_gives_the_same(
+    case: Case, isa: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("decoder")
+    write_tiny_llama(folder / "tiny.gguf")
+    model = load_model(str(folder / "tiny.gguf"), home=folder)
+    ranks = Ranks(threads=(1, 2), cpus=((), ()))
+    decoder = create_program(model.info.spec, model.weights, num_blocks=4, ranks=ranks, isa=isa)
+    encoder = create_encoder(case.spec, case.model.weights, max_tokens=MAX_TOKENS, isa=isa, beside=decoder)
+    assert np.array_equal(case.vectors(encoder, layers=1), case.vectors(native(case, isa)))
+    decoder.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        case.vectors(encoder)
+    encoder.close()
+    model.close()
 
 
 def test_a_program_has_room_for_the_longest_text(case: Case) -> None:
