@@ -20,12 +20,23 @@ import msgspec
 import numpy as np
 
 from engine.config import BLOCK_SIZE, ISAS
-from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch, Weights
+from engine.kernels.batch import (
+    EncoderProgram,
+    Float32,
+    Int32,
+    Program,
+    SamplingArrays,
+    StepBatch,
+    TextBatch,
+    Weights,
+)
 from engine.kernels.layout import GROUP, Correction, PackedTensor, pack_bf16, pack_matrix, to_bf16
 from engine.kernels.native import NativeProgram, build, native_matrix, native_sampling
+from engine.kernels.native_encoder import NativeEncoder
 from engine.kernels.reference import ReferenceProgram, kernel_matrix
+from engine.kernels.reference_encoder import ReferenceEncoder
 from engine.kernels.reference_sampler import sample, uniform
-from engine.models.spec import DecoderSpec, RopeSpec
+from engine.models.spec import DecoderSpec, EncoderSpec, RopeSpec
 from engine.ranks import Ranks
 
 UNFUSED = frozenset({"portable"})
@@ -54,6 +65,18 @@ SPEC = DecoderSpec(
     norm_eps=1e-5,
     rope=RopeSpec(theta=10000.0, dim=16),
 )
+ENCODER = EncoderSpec(
+    family="self-test",
+    num_layers=2,
+    hidden_size=96,
+    num_heads=6,
+    intermediate_size=160,
+    vocab_size=301,
+    max_position=64,
+    norm_eps=1e-12,
+    normalize=True,
+)
+TEXTS = (1, 33, 45)  # tokens of each
 PROMPT = 45  # tokens: over one KV block, and not a whole number of them
 CHUNK = 31
 
@@ -101,6 +124,7 @@ def self_test(
         _checked("random numbers", _generator, module),
         *(_checked(f"products, {name}", _products, isa, module, *fmt) for name, fmt in FORMATS.items()),
         *(_checked(f"decoder, {name}", _decoder, isa, create, *fmt) for name, fmt in FORMATS.items()),
+        *(_checked(f"encoder, {name}", _encoder, isa, *FORMATS[name]) for name in ("8-bit, minimum", "bfloat16")),
         _checked("sampler", _sampler, module),
     ]
 
@@ -151,6 +175,30 @@ def _decoder(isa: str, create: Callable[..., Program], bits: int, correction: Co
         _need(bool((got == first).all()), f"{how}: other bits than 1 thread gives")
 
 
+def _encoder(isa: str, bits: int, correction: Correction) -> None:
+    """Embeddings of a few texts at once: attention over whole texts, norms, GELU, pooling."""
+    weights = random_weights(ENCODER, bits, correction)
+    tokens = np.random.default_rng(bits).integers(0, ENCODER.vocab_size, sum(TEXTS)).astype(np.int32)
+    expected = _vectors(ReferenceEncoder(ENCODER, weights, max_tokens=len(tokens)), tokens)
+    for ranks in (ONE, TWO):
+        program = NativeEncoder(ENCODER, weights, max_tokens=len(tokens), ranks=ranks, isa=isa)
+        try:
+            got = _vectors(program, tokens)
+        finally:
+            program.close()
+        _need_equal(isa, f"embeddings, {ranks.num_threads} threads", expected, got, tolerance=2e-2)
+
+
+def _vectors(program: EncoderProgram, tokens: Int32) -> Float32:
+    """Embeddings [texts, hidden] of TEXTS, a layer at a time."""
+    starts = np.cumsum([0, *TEXTS]).astype(np.int32)
+    out = np.full((len(TEXTS), ENCODER.output_size), np.nan, np.float32)
+    program.begin(TextBatch(tokens, tokens % ENCODER.num_types, starts, out))
+    while not program.run(1):
+        pass
+    return out
+
+
 def _sampler(module: ModuleType) -> None:
     rng = np.random.default_rng(0)
     for vocab in (1, 17, 1000):
@@ -198,7 +246,7 @@ def random_tensor(rng: np.random.Generator, n: int, k: int, bits: int, correctio
     return PackedTensor(*pack_matrix(quants, scales, mins, bits=bits))
 
 
-def random_weights(spec: DecoderSpec, bits: int, correction: Correction) -> Weights:
+def random_weights(spec: DecoderSpec | EncoderSpec, bits: int, correction: Correction) -> Weights:
     """Random weights of a spec, all matrices in one format."""
     rng = np.random.default_rng(bits)
     return {

@@ -24,8 +24,8 @@ def test_every_build_of_this_machine_passes(isa: str) -> None:
     checks = selftest.self_test(isa)
     assert [(check.name, check.error) for check in checks if check.error] == []
     names = {check.name for check in checks}
-    assert {"random numbers", "sampler", "products, bfloat16", "decoder, 4-bit, minimum"} <= names
-    assert len(names) == len(checks) == 2 + 2 * len(selftest.FORMATS)
+    assert {"random numbers", "sampler", "products, bfloat16", "decoder, 4-bit, minimum", "encoder, bfloat16"} <= names
+    assert len(names) == len(checks) == 4 + 2 * len(selftest.FORMATS)
 
 
 class Broken(ModuleType):
