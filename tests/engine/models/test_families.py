@@ -12,6 +12,7 @@ from engine.models.blueprint import Blueprint
 from engine.models.registry import GGUF_FAMILIES, HUGGINGFACE_FAMILIES
 from engine.models.spec import DecoderSpec
 from tests.engine.models.test_llama import blueprint
+from tests.tiny_encoders import ENCODERS
 from tests.tiny_families import FAMILIES, tiny_folder, tiny_gguf
 from tests.tiny_hf import TinyFolder
 
@@ -44,7 +45,8 @@ def from_gguf(name: str, **metadata: object) -> Blueprint:
 
 def test_every_registered_family_is_tested() -> None:
     tested = {family.model_type for family in FAMILIES.values()}
-    assert HUGGINGFACE_FAMILIES.keys() == tested | {"llama"}
+    encoders = {encoder.model_type for encoder in ENCODERS.values()}
+    assert HUGGINGFACE_FAMILIES.keys() == tested | encoders | {"llama"}
     assert GGUF_FAMILIES.keys() == {family.gguf for family in FAMILIES.values()}
 
 

@@ -254,9 +254,9 @@ def test_rope_frequency_factors_that_cannot_be(factors: list[float], message: st
             {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 1}},
             "the checkpoint's configuration lacks high_freq_factor",
         ),
-        ({"model_type": "mamba"}, "model_type must be one of gemma2, .*, the checkpoint has 'mamba'"),
-        ({"model_type": ["llama"]}, r"model_type must be one of gemma2, .*, the checkpoint has \['llama'\]"),
-        ({"model_type": None}, "model_type must be one of gemma2, .*, the checkpoint has None"),
+        ({"model_type": "mamba"}, "model_type must be one of bert, .*, the checkpoint has 'mamba'"),
+        ({"model_type": ["llama"]}, r"model_type must be one of bert, .*, the checkpoint has \['llama'\]"),
+        ({"model_type": None}, "model_type must be one of bert, .*, the checkpoint has None"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be one integer from 1"),
     ],
 )

@@ -383,7 +383,7 @@ def configure(**values: object) -> Callable[[TinyFolder], object]:
         (
             configure(model_type="mamba", architectures=["MambaForCausalLM"]),
             UnsupportedModelError,
-            "model_type must be one of gemma2, .*, the checkpoint has 'mamba'",
+            "model_type must be one of bert, .*, the checkpoint has 'mamba'",
         ),
         (
             configure(architectures=["LlamaForSequenceClassification"]),
