@@ -16,7 +16,7 @@ ask() {
 
 models=$(ask /v1/models)
 echo "$models"
-model=$(printf %s "$models" | sed 's/.*"id": *"\([^"]*\)".*/\1/')
+model=$(printf %s "$models" | grep -o '"id": *"[^"]*"' | head -n 1 | cut -d '"' -f 4)  # the server's first
 
 messages='[{"role": "user", "content": "Tell me the capital of France."}]'
 ask /v1/chat/completions -d "{\"model\": \"$model\", \"messages\": $messages, \"temperature\": 0, \"max_tokens\": 20}"

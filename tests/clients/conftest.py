@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.clients.live import Live, start
 from tests.clients.scripted_server import ScriptedServer, running
 
 
@@ -11,3 +12,9 @@ from tests.clients.scripted_server import ScriptedServer, running
 def server() -> Iterator[ScriptedServer]:
     with running(ScriptedServer()) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with start(tmp_path_factory.mktemp("live")) as live:
+        yield live

@@ -41,6 +41,7 @@ class ScriptedServer:
 
     answers: deque[Answerer] = field(default_factory=deque)
     seen: list[Seen] = field(default_factory=list)
+    arrived: threading.Event = field(default_factory=threading.Event)
     disconnected: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
@@ -56,6 +57,7 @@ class ScriptedServer:
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         self.seen.append(Seen(scope["method"], scope["path"], headers, json.loads(body) if body else None))
+        self.arrived.set()
         answer = self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
         await answer(receive, send)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import socket
 import threading
@@ -23,8 +24,10 @@ from seraph_client import (
     ProtocolError,
     Retries,
     StreamError,
+    Timeouts,
     Usage,
 )
+from tests.clients.either import Either, chunks_of, close, collect
 from tests.clients.scripted_server import (
     ScriptedServer,
     chat_events,
@@ -36,38 +39,6 @@ from tests.clients.scripted_server import (
 )
 
 AT_ONCE = Retries(base_delay=0.0)
-
-
-class Either:
-    """One of the clients, its calls awaitable in any case."""
-
-    def __init__(self, client: Client | AsyncClient) -> None:
-        self.client = client
-
-    async def __call__(self, name: str, *args: Any, **options: Any) -> Any:
-        found = getattr(self.client, name)(*args, **options)
-        return await found if inspect.isawaitable(found) else found
-
-
-async def close(closable: Any) -> None:
-    closed = closable.close()
-    if inspect.isawaitable(closed):
-        await closed
-
-
-async def chunks_of(streamed: Any) -> AsyncIterator[Any]:
-    if hasattr(streamed, "__anext__"):
-        async for chunk in streamed:
-            yield chunk
-    else:
-        for chunk in streamed:
-            yield chunk
-
-
-async def collect(streamed: Any, texts: list[str]) -> None:
-    """Add the texts of a stream to a list, which also has them where the stream fails."""
-    async for chunk in chunks_of(streamed):
-        texts.append(chunk.text)  # noqa: PERF401  # not all at the end
 
 
 @pytest.fixture(params=[Client, AsyncClient])
@@ -280,7 +251,7 @@ async def test_nobody_listens(kind: Any) -> None:
 async def test_a_server_that_says_nothing(kind: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        client = Either(kind(url, model="m", timeout=httpx.Timeout(5, read=0.05)))
+        client = Either(kind(url, model="m", timeout=Timeouts(read=0.05)))
         with pytest.raises(APITimeoutError):
             await client("chat", "x")
         await close(client.client)
@@ -298,3 +269,29 @@ async def test_an_answer_of_something_else(client: Either, server: ScriptedServe
     server.script(respond(b"<html>welcome</html>"))
     with pytest.raises(ProtocolError, match="welcome"):
         await client("chat", "x")
+
+
+@pytest.mark.parametrize("name", ["chat", "stream_chat"])
+async def test_cancelling_a_call_disconnects(server: ScriptedServer, name: str) -> None:
+    server.script(stream(*chat_events("a")[:2], then="wait", server=server))
+    async with AsyncClient(server.url, model="m") as client:
+
+        async def ask() -> None:
+            await collect(await Either(client)(name, "x"), [])
+
+        task = asyncio.create_task(ask())
+        assert await asyncio.to_thread(server.arrived.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(server.disconnected.wait, 10)
+
+
+@pytest.mark.parametrize("name", ["chat", "stream_chat"])
+async def test_the_whole_call_s_time(client: Either, server: ScriptedServer, name: str) -> None:
+    server.script(stream(*chat_events("a")[:2], then="wait", server=server))
+    texts: list[str] = []
+    with pytest.raises(APITimeoutError):
+        await collect(await client(name, "x", timeout=0.2), texts)
+    assert texts == ([] if name == "chat" else ["", "a"])
+    assert await asyncio.to_thread(server.disconnected.wait, 10)

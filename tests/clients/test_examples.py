@@ -1,4 +1,4 @@
-"""The examples and both clients against a real server with a tiny random model."""
+"""The examples against a real server."""
 
 from __future__ import annotations
 
@@ -7,26 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from seraph_client import AsyncClient, AuthenticationError, Client
-from tests.live import ROOT, live_server
-from tests.tiny_gguf import TinyLlama
+from tests.clients.live import KEY, Live
+from tests.live import ROOT
 
 EXAMPLES = ROOT / "clients" / "examples"
-KEY = "example-key"
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("live")
-    model = folder / "tiny.gguf"
-    TinyLlama().write(model)
-    with live_server(model, "--api-key", KEY, environment={"SERAPH_HOME": str(folder / "home")}) as server:
-        yield server.base_url
+@pytest.fixture
+def url(live: Live) -> str:
+    return live.url
 
 
 def run(*command: str, url: str, given: str = "") -> str:
@@ -62,31 +55,6 @@ def test_openai_python(url: str) -> None:
 def test_seraph_client_chat(url: str) -> None:
     printed = run(sys.executable, str(EXAMPLES / "seraph_client_chat.py"), url=url, given="Hi\nAnd again\n\n")
     assert len(printed) > 10
-
-
-def test_the_client_s_whole_and_streamed_answers_agree(url: str) -> None:
-    with Client(url, api_key=KEY) as client:
-        (model,) = client.models()
-        assert client.is_ready()
-        assert (model.id, model.max_model_len) == ("tiny", 512)
-        whole = client.chat("Hi", temperature=0, max_tokens=24)
-        stream = client.stream_chat("Hi", temperature=0, max_tokens=24)
-        assert stream.text() == whole.text
-        assert stream.usage is not None
-        assert stream.usage.completion_tokens == whole.usage.completion_tokens == 24
-        assert client.complete([5, 6, 7], max_tokens=3).usage.prompt_tokens == 3
-
-
-async def test_the_async_client(url: str) -> None:
-    async with AsyncClient(url, api_key=KEY) as client:
-        whole = await client.chat("Hi", temperature=0, max_tokens=24)
-        async with await client.stream_chat("Hi", temperature=0, max_tokens=24) as stream:
-            assert await stream.text() == whole.text
-
-
-def test_a_wrong_key(url: str) -> None:
-    with Client(url, api_key="wrong") as client, pytest.raises(AuthenticationError):
-        client.chat("Hi", model="tiny")
 
 
 def test_every_example_is_run_here() -> None:

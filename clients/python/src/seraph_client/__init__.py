@@ -1,13 +1,15 @@
-"""Client of a Seraph server: chat, completions and models, sync and async, whole and streamed."""
+"""Client of a Seraph server: its whole API, sync and async, whole and streamed."""
 
-from seraph_client.async_client import AsyncClient, AsyncStream
-from seraph_client.client import Client, Stream
+from seraph_client.async_client import AsyncAdmin, AsyncClient, AsyncStream
+from seraph_client.client import Admin, Client, Stream
 from seraph_client.errors import (
     APIConnectionError,
     APIStatusError,
     APITimeoutError,
     AuthenticationError,
     BadRequestError,
+    ConflictError,
+    ModelFailedError,
     NotFoundError,
     OverloadedError,
     PermissionDeniedError,
@@ -18,14 +20,33 @@ from seraph_client.errors import (
     ServerError,
     StreamError,
 )
-from seraph_client.protocol import Retries
-from seraph_client.types import Answer, Choice, Chunk, Message, Model, Options, Usage
+from seraph_client.retries import Retries, Timeouts
+from seraph_client.types import (
+    Answer,
+    Choice,
+    Chunk,
+    Embeddings,
+    Health,
+    LoadedModel,
+    LoadedModels,
+    Message,
+    Model,
+    Options,
+    Progress,
+    Ranked,
+    Ranking,
+    Scores,
+    Tokens,
+    Usage,
+)
 
 __all__ = [
     "APIConnectionError",
     "APIStatusError",
     "APITimeoutError",
+    "Admin",
     "Answer",
+    "AsyncAdmin",
     "AsyncClient",
     "AsyncStream",
     "AuthenticationError",
@@ -33,19 +54,31 @@ __all__ = [
     "Choice",
     "Chunk",
     "Client",
+    "ConflictError",
+    "Embeddings",
+    "Health",
+    "LoadedModel",
+    "LoadedModels",
     "Message",
     "Model",
+    "ModelFailedError",
     "NotFoundError",
     "Options",
     "OverloadedError",
     "PermissionDeniedError",
+    "Progress",
     "ProtocolError",
+    "Ranked",
+    "Ranking",
     "RateLimitError",
     "RequestTooLargeError",
     "Retries",
+    "Scores",
     "SeraphClientError",
     "ServerError",
     "Stream",
     "StreamError",
+    "Timeouts",
+    "Tokens",
     "Usage",
 ]

@@ -1,97 +1,83 @@
-"""The API without I/O: requests to build, answers to read, errors to raise, when to try again.
+"""The API without I/O: a `Call` for each thing to ask the server, with what to send and how to read what comes.
 
 `Client` and `AsyncClient` add the sending.
 """
 
 from __future__ import annotations
 
-import json
-import random
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
 
+from seraph_client import answers
+from seraph_client.answers import Reply
 from seraph_client.errors import (
     APIConnectionError,
-    APIStatusError,
     APITimeoutError,
+    ModelFailedError,
     ProtocolError,
     SeraphClientError,
-    StreamError,
-    status_error_class,
 )
-from seraph_client.sse import EventDecoder
-from seraph_client.types import Answer, Choice, Chunk, Messages, Model, Options, Prompt, Usage
+from seraph_client.retries import NEVER, Retries, Timeouts
+from seraph_client.types import (
+    Answer,
+    Embeddings,
+    EmbedOptions,
+    LoadedModel,
+    Messages,
+    Model,
+    ModelOptions,
+    Options,
+    Prompt,
+    Ranking,
+    Scores,
+    TextOptions,
+    Texts,
+    Tokens,
+)
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-MODELS = "/v1/models"
-READY = "/health/ready"
+VERSION = "0.1.0"
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
-DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
-"""Seconds. On a stream the read timeout holds between two pieces, keep-alives included."""
+DEFAULT_TIMEOUTS = Timeouts()
 
-_MAX_QUOTED = 300
+GENERATE, EMBED, SCORE = "generate", "embed", "score"
+"""Kinds of models."""
 
-_CONNECTION_FAILURES = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.ReadError,
-    httpx.WriteError,
-    httpx.RemoteProtocolError,
-)
+_LOST = {
+    "failed": "failed to load",
+    "cancelled": "was given up",
+    "dead": "died too often",
+    "draining": "is being unloaded",
+}
+"""States that no model becomes ready from, in words."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retries:
-    """When to send a request again: after a connection that failed, 429 or 503, and never once an answer has begun.
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One thing to ask the server.
 
-    The wait doubles from `base_delay` seconds and is shortened at random by up to half; a Retry-After header takes its
-    place. Where that asks for more than `max_delay` seconds the error is raised at once.
+    `repeatable`: asking twice does no more than asking once. `also` are statuses that are answers too. `by_operator`:
+    it goes with the operator's key.
     """
 
-    max_retries: int = 2
-    base_delay: float = 0.5
-    max_delay: float = 30.0
-    jitter: Callable[[], float] = random.random  # in [0, 1)
+    method: str
+    path: str
+    read: Callable[[Reply], T]
+    body: Mapping[str, Any] | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = True
+    by_operator: bool = False
+    also: tuple[int, ...] = ()
+    retries: Retries | None = None  # in place of the client's
 
-    def delay(self, attempt: int, failure: httpx.Response | httpx.TransportError) -> float | None:
-        """Seconds to wait after failed attempt number `attempt` (0 is the first), or None to give up."""
-        if attempt >= self.max_retries:
-            return None
-        if isinstance(failure, httpx.Response):
-            if failure.status_code not in (429, 503):
-                return None
-            asked = retry_after(failure.headers.get("retry-after"))
-            if asked is not None:
-                return asked if asked <= self.max_delay else None
-        elif not _never_answered(failure):
-            return None
-        return min(self.max_delay, self.base_delay * (1 << attempt)) * (1.0 - self.jitter() / 2)
-
-
-def retry_after(value: str | None, now: Callable[[], float] = time.time) -> float | None:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date; None where it says nothing."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _never_answered(error: httpx.TransportError) -> bool:
-    """Whether the request failed because of the connection. A read timeout is no such case: the server is at work."""
-    return isinstance(error, _CONNECTION_FAILURES)
+    def is_answer(self, response: httpx.Response) -> bool:
+        return response.is_success or response.status_code in self.also
 
 
 def normalize_base_url(base_url: str) -> str:
@@ -99,154 +85,173 @@ def normalize_base_url(base_url: str) -> str:
     return base_url.rstrip("/").removesuffix("/v1")
 
 
-def headers(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+def headers(key: str | None) -> dict[str, str]:
+    """Of every request that this key goes with."""
+    named = {"user-agent": f"seraph-client/{VERSION}"}
+    return named if key is None else {**named, "authorization": f"Bearer {key}"}
 
 
-def chat_body(messages: Messages, model: str, options: Options, *, stream: bool) -> dict[str, Any]:
-    """The JSON body of a chat request."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    return _body({"messages": [dict(message) for message in messages]}, model, options, stream=stream)
+def as_timeouts(timeout: Timeouts | float) -> Timeouts:
+    """A number is the whole call's."""
+    return timeout if isinstance(timeout, Timeouts) else Timeouts(total=timeout)
 
 
-def completion_body(prompt: Prompt, model: str, options: Options, *, stream: bool) -> dict[str, Any]:
-    """The JSON body of a completion request."""
-    return _body({"prompt": prompt}, model, options, stream=stream)
+def reply(response: httpx.Response, body: bytes) -> Reply:
+    return Reply(response.status_code, response.reason_phrase, response.headers, body)
 
 
-def _body(read: dict[str, Any], model: str, options: Options, *, stream: bool) -> dict[str, Any]:
-    named: dict[str, Any] = dict(options)
-    extra = named.pop("extra", {})
-    named.pop("model", None)
-    streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    return {"model": model, **read, **named, **streaming, **extra}
+def failure_error(failure: httpx.Response | httpx.TransportError) -> SeraphClientError:
+    """What a failed attempt is raised as where none follows. A response's body must have been read."""
+    if isinstance(failure, httpx.Response):
+        return answers.status_error(reply(failure, failure.content))
+    return connection_error(failure)
 
 
-def connection_error(error: httpx.RequestError) -> APIConnectionError:
+def connection_error(error: httpx.RequestError, request_id: str | None = None) -> APIConnectionError:
     """What a failure of the transport is raised as."""
     kind = APITimeoutError if isinstance(error, httpx.TimeoutException) else APIConnectionError
-    return kind(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    return kind(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, request_id=request_id)
 
 
-def status_error(response: httpx.Response) -> APIStatusError:
-    """What an answer with an error status is raised as. Its body must have been read."""
-    try:
-        error = response.json()["error"]
-        message, known = str(error["message"]), {key: error.get(key) for key in ("type", "code", "param")}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        message, known = f"{response.status_code} {response.reason_phrase}: {_quoted(response.text)}", {}
-    request_id = response.headers.get("x-request-id")
-    return status_error_class(response.status_code)(
-        message, status=response.status_code, request_id=request_id, **known
+def deadline_error(request_id: str | None = None) -> APITimeoutError:
+    """What a call that has not ended in its total time is raised as."""
+    return APITimeoutError("The call has not ended in its total time.", request_id=request_id)
+
+
+# Generation
+
+
+def chat(messages: Messages, model: str, options: Options, *, stream: bool = False) -> Call[Answer]:
+    """The assistant's answer to a conversation."""
+    body = _streaming({"messages": as_messages(messages)}, model, options, stream=stream)
+    return Call("POST", "/v1/chat/completions", answers.answer, body)
+
+
+def complete(prompt: Prompt, model: str, options: Options, *, stream: bool = False) -> Call[Answer]:
+    """The continuation of prompts."""
+    return Call(
+        "POST", "/v1/completions", answers.answer, _streaming({"prompt": prompt}, model, options, stream=stream)
     )
 
 
-def read_answer(response: httpx.Response) -> Answer:
-    """The answer in a response of either endpoint. Raises ProtocolError."""
-    return _read(response, _answer)
+def as_messages(messages: Messages) -> list[dict[str, Any]]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    return [dict(message) for message in messages]
 
 
-def read_models(response: httpx.Response) -> list[Model]:
-    """The models in a response. Raises ProtocolError."""
-
-    def models(value: Any) -> list[Model]:
-        return [Model(id=one["id"], max_model_len=one.get("max_model_len")) for one in value["data"]]
-
-    return _read(response, models)
+def _streaming(read: Mapping[str, Any], model: str, options: Options, *, stream: bool) -> dict[str, Any]:
+    streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    return _body({**read, **streaming}, model, options)
 
 
-def first_model(models: list[Model]) -> str:
-    """The model of requests that name none."""
-    if not models:
-        raise ProtocolError("The server offers no model.")
-    return models[0].id
+def _body(read: Mapping[str, Any], model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's fields; what options name wins over `read`, and `extra` over both."""
+    named = {name: value for name, value in options.items() if name not in ("model", "timeout", "extra")}
+    return {"model": model, **read, **named, **options.get("extra", {})}
 
 
-def _read(response: httpx.Response, parse: Callable[[Any], T]) -> T:
-    try:
-        return parse(response.json())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ProtocolError(f"The answer is not what the API describes: {_quoted(response.text)}") from None
+# Texts
 
 
-def _answer(value: Any) -> Answer:
-    choices = [
-        Choice(
-            index=choice["index"],
-            text=(choice["message"]["content"] or "") if "message" in choice else choice["text"],
-            finish_reason=choice["finish_reason"],
-        )
-        for choice in value["choices"]
-    ]
-    choices.sort(key=lambda choice: choice.index)
-    if not choices:
-        raise ValueError("no choices")
-    return Answer(id=value["id"], model=value["model"], choices=tuple(choices), usage=_usage(value["usage"]))
+def embed(texts: Prompt, model: str, options: EmbedOptions) -> Call[Embeddings]:
+    """The vectors of texts or token ids."""
+    body = _body({"input": texts, "encoding_format": "base64"}, model, options)
+    return Call("POST", "/v1/embeddings", answers.embeddings, body)
 
 
-def _usage(value: Mapping[str, Any]) -> Usage:
-    details = value.get("prompt_tokens_details") or {}
-    return Usage(value["prompt_tokens"], value["completion_tokens"], details.get("cached_tokens") or 0)
+def score(text_1: Texts, text_2: Texts, model: str, options: TextOptions) -> Call[Scores]:
+    """How well the texts of each pair go together."""
+    return Call("POST", "/v1/score", answers.scores, _body({"text_1": text_1, "text_2": text_2}, model, options))
 
 
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
+def rerank(
+    query: str,
+    documents: Sequence[str],
+    model: str,
+    options: TextOptions,
+    *,
+    top_n: int | None = None,
+    return_documents: bool = True,
+) -> Call[Ranking]:
+    """Documents by how well they answer a query."""
+    read: dict[str, Any] = {"query": query, "documents": documents, "return_documents": return_documents}
+    if top_n is not None:
+        read["top_n"] = top_n
+    return Call("POST", "/v1/rerank", answers.ranking, _body(read, model, options))
 
 
-class StreamReader:
-    """Chunks out of the bytes of a streamed answer."""
+def tokenize(
+    text: Messages, model: str, options: ModelOptions, *, add_special_tokens: bool | None = None
+) -> Call[Tokens]:
+    """The token ids of a text, or of a conversation as the chat template renders it."""
+    read: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"messages": as_messages(text)}
+    if add_special_tokens is not None:
+        read["add_special_tokens"] = add_special_tokens
+    return Call("POST", "/tokenize", answers.tokens, _body(read, model, options))
 
-    def __init__(self) -> None:
-        self._events = EventDecoder()
-        self.id: str | None = None
-        self.model: str | None = None
-        self.usage: Usage | None = None
-        self.is_done = False
-        self.failure: SeraphClientError | None = None
-        """To be raised once the chunks before it have been given out."""
 
-    def feed(self, received: bytes) -> list[Chunk]:
-        """The chunks that `received` completes, up to the answer's end or a failure."""
-        chunks: list[Chunk] = []
-        try:
-            for data in self._events.feed(received):
-                if self.is_done:
-                    break
-                if data == "[DONE]":
-                    self.is_done = True
-                else:
-                    chunks += self._chunks(data)
-        except SeraphClientError as failure:
-            self.fail(failure)
-        return chunks
+def detokenize(tokens: Sequence[int], model: str, options: ModelOptions) -> Call[str]:
+    """The text of token ids."""
+    return Call("POST", "/detokenize", answers.prompt, _body({"tokens": list(tokens)}, model, options))
 
-    def fail(self, failure: SeraphClientError) -> None:
-        """The answer cannot go on. What goes wrong once it is complete changes nothing."""
-        if not self.is_done and self.failure is None:
-            self.failure = failure
 
-    def end(self) -> None:
-        """The bytes have ended; a failure where the answer has not."""
-        self.fail(APIConnectionError("The stream broke off before the answer was complete."))
+# The server
 
-    def _chunks(self, data: str) -> list[Chunk]:
-        try:
-            value = json.loads(data)
-            if (error := value.get("error")) is not None:
-                raise StreamError(
-                    str(error["message"]), type=error.get("type"), code=error.get("code"), param=error.get("param")
-                )
-            self.id, self.model = value["id"], value["model"]
-            if (usage := value.get("usage")) is not None:
-                self.usage = _usage(usage)
-            return [
-                Chunk(
-                    index=choice["index"],
-                    text=(choice["delta"].get("content") or "") if "delta" in choice else choice["text"],
-                    finish_reason=choice["finish_reason"],
-                )
-                for choice in value["choices"]
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ProtocolError(f"An event is not what the API describes: {_quoted(data)}") from None
+
+MODELS = Call("GET", "/v1/models", answers.models)
+VERSION_OF_SERVER = Call("GET", "/version", answers.version)
+HEALTH = Call("GET", "/health", answers.health, also=(503,), retries=NEVER)
+
+
+def model(id: str) -> Call[Model]:
+    """One model."""
+    return Call("GET", f"/v1/models/{quote(id)}", answers.model)
+
+
+def first_of_kind(models: Sequence[Model], kind: str | None) -> str:
+    """The model of requests that name none: the server's first of a kind, None: of any. Raises ProtocolError.
+
+    A server that tells no kinds is taken to have models that generate.
+    """
+    for each in models:
+        if kind in (None, each.kind or GENERATE):
+            return each.id
+    raise ProtocolError("The server offers no model" + ("." if kind is None else f" of the kind {kind!r}."))
+
+
+# The operator's
+
+
+LOADED_MODELS = Call("GET", "/admin/models", answers.loaded_models, by_operator=True)
+
+
+def loaded_model(name: str) -> Call[LoadedModel]:
+    """One model as the operator sees it."""
+    return Call("GET", f"/admin/models/{quote(name)}", answers.loaded_model, by_operator=True)
+
+
+def load(source: str, *, name: str | None, kv_cache_memory: str | int | None) -> Call[LoadedModel]:
+    """Begin to load a model."""
+    given = {"model": source, "name": name, "kv_cache_memory": kv_cache_memory}
+    body = {key: value for key, value in given.items() if value is not None}
+    return Call("POST", "/admin/models", answers.loaded_model, body, repeatable=False, by_operator=True)
+
+
+def unload(name: str, *, drain: float | None) -> Call[LoadedModel | None]:
+    """Begin to unload a model."""
+    params = {} if drain is None else {"drain": f"{drain:g}"}
+    path = f"/admin/models/{quote(name)}"
+    return Call("DELETE", path, answers.unloading, params=params, repeatable=False, by_operator=True)
+
+
+def still(model: LoadedModel) -> APITimeoutError:
+    """What a wait for a model that has not come to its end in time is raised as."""
+    return APITimeoutError(f"The model {model.name!r} is still {model.state}.")
+
+
+def is_ready(model: LoadedModel) -> bool:
+    """Whether a model that is waited for has got there. Raises ModelFailedError where it will not."""
+    if (what := _LOST.get(model.state)) is not None:
+        raise ModelFailedError(f"The model {model.name!r} {what}" + (f": {model.reason}" if model.reason else "."))
+    return model.state == "ready"

@@ -1,0 +1,148 @@
+"""Both clients against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from seraph_client import (
+    AsyncClient,
+    AuthenticationError,
+    BadRequestError,
+    Client,
+    ModelFailedError,
+    NotFoundError,
+)
+from tests.clients.either import Either, chunks_of, close
+from tests.clients.live import ADMIN_KEY, CONTEXT, KEY, Live
+
+TEXTS = ["the river", "what is a mountain?", "bread"]
+LONG: dict[str, Any] = {"max_tokens": CONTEXT - 64, "ignore_eos": True}
+
+
+@pytest.fixture(params=[Client, AsyncClient])
+async def client(request: pytest.FixtureRequest, live: Live) -> AsyncIterator[Either]:
+    made = request.param(live.url, api_key=KEY, admin_key=ADMIN_KEY)
+    yield Either(made)
+    await close(made)
+
+
+async def test_whole_and_streamed_answers_agree(client: Either) -> None:
+    whole = await client("chat", "Hi", temperature=0, max_tokens=24)
+    stream = await client("stream_chat", "Hi", temperature=0, max_tokens=24)
+    assert "".join([chunk.text async for chunk in chunks_of(stream)]) == whole.text
+    assert whole.model == stream.model == "tiny"
+    assert stream.usage.completion_tokens == whole.usage.completion_tokens == 24
+    assert stream.request_id
+
+
+async def test_choices_of_several_prompts(client: Either) -> None:
+    options: dict[str, Any] = {"n": 2, "seed": 7, "temperature": 1, "max_tokens": 8, "ignore_eos": True}
+    whole = await client("complete", [[5, 6, 7], [8, 9]], **options)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert whole.usage.prompt_tokens == 5
+    texts = [""] * 4
+    async for chunk in chunks_of(await client("stream_complete", [[5, 6, 7], [8, 9]], **options)):
+        texts[chunk.index] += chunk.text
+    assert texts == [choice.text for choice in whole.choices]
+
+
+async def test_vectors(client: Either) -> None:
+    found = await client("embed", TEXTS)
+    assert found.model == "minilm"
+    assert found.numpy().shape == (3, 96)
+    floats = await client("embed", TEXTS, encoding_format="float")
+    assert np.array_equal(found.numpy(), floats.numpy())
+    assert found.vectors == floats.vectors
+    assert found.prompt_tokens == floats.prompt_tokens > 0
+    short = await client("embed", "bread", dimensions=8)
+    assert np.linalg.norm(short.vectors[0]) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(BadRequestError) as caught:
+        await client("embed", "bread", dimensions=97)
+    assert caught.value.param == "dimensions"
+
+
+async def test_scores(client: Either) -> None:
+    scores = (await client("score", "what is water", TEXTS)).scores
+    ranking = await client("rerank", "what is water", TEXTS, top_n=2)
+    best = sorted(range(3), key=lambda i: -scores[i])[:2]
+    assert [(each.index, each.score, each.document) for each in ranking.results] == [
+        (i, scores[i], TEXTS[i]) for i in best
+    ]
+    bare = await client("rerank", "what is water", TEXTS, return_documents=False)
+    assert [each.document for each in bare.results] == [None] * 3
+
+
+async def test_tokens(client: Either) -> None:
+    tokens = await client("tokenize", "The river.")
+    assert await client("detokenize", tokens.ids) == "The river."
+    assert tokens.max_model_len == CONTEXT
+    conversation = await client("tokenize", [{"role": "user", "content": "The river."}])
+    answer = await client("chat", "The river.", max_tokens=1)
+    assert len(conversation) == answer.usage.prompt_tokens > len(tokens)
+
+
+async def test_the_server_of_itself(client: Either) -> None:
+    assert await client("is_ready")
+    assert (await client("health")).models == {}
+    assert await client("version")
+    kinds = {model.id: (model.kind, model.state) for model in await client("models")}
+    assert kinds == {"tiny": ("generate", "ready"), "cross": ("score", "ready"), "minilm": ("embed", "ready")}
+    assert (await client("model", "tiny")).max_model_len == CONTEXT
+    with pytest.raises(NotFoundError) as caught:
+        await client("model", "none")
+    assert caught.value.code == "model_not_found" and caught.value.request_id
+
+
+async def test_models_come_and_go(client: Either, live: Live) -> None:
+    begun = await client("admin.load", str(live.folder / "bge"), name="second")
+    assert begun.name == "second"
+    assert (await client("admin.wait_ready", "second", timeout=60, poll=0.05)).kind == "embed"
+    assert len((await client("embed", "bread", model="second")).vectors[0]) == 64
+    everything = await client("admin.models")
+    assert {model.name for model in everything.models} == {"tiny", "minilm", "cross", "second"}
+    assert 0 < everything.memory_promised <= everything.memory_limit
+    await client("admin.unload", "second", drain=0)
+    await client("admin.wait_gone", "second", timeout=60, poll=0.05)
+    with pytest.raises(NotFoundError):
+        await client("embed", "bread", model="second")
+
+
+async def test_a_model_that_does_not_load(client: Either, live: Live) -> None:
+    (live.folder / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    await client("admin.load", str(live.folder / "broken.gguf"), name="broken")
+    with pytest.raises(ModelFailedError, match=r"'broken' failed to load: .*GGUF version"):
+        await client("admin.wait_ready", "broken", timeout=60, poll=0.05)
+    assert await client("admin.unload", "broken") is None
+
+
+async def test_wrong_keys(live: Live) -> None:
+    with Client(live.url, api_key="wrong", admin_key=KEY) as client:
+        with pytest.raises(AuthenticationError):
+            client.chat("Hi", model="tiny")
+        with pytest.raises(AuthenticationError):
+            client.admin.models()
+
+
+async def test_closing_a_stream_stops_the_server(client: Either, live: Live) -> None:
+    stream = await client("stream_chat", "Hi", **LONG)
+    async for _ in chunks_of(stream):
+        break
+    assert live.metric("seraph_engine_num_running") == 1
+    await close(stream)
+    live.wait_until_idle()
+
+
+async def test_cancelling_a_call_stops_the_server(live: Live) -> None:
+    async with AsyncClient(live.url, api_key=KEY, model="tiny") as client:
+        task = asyncio.create_task(client.chat("Hi", **LONG))
+        while not await asyncio.to_thread(live.metric, "seraph_engine_num_running"):
+            assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(live.wait_until_idle)
