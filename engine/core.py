@@ -29,7 +29,7 @@ from engine.kernels import create_program
 from engine.kernels.batch import Program
 from engine.models.spec import EncoderSpec, ModelInfo
 from engine.ranks import plan_ranks
-from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, TokenDelta
+from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, SamplingParams, TokenDelta
 from engine.resident import describe_weights, num_parameters, resident_weights
 from engine.scheduler.plan import Plan
 from engine.scheduler.scheduler import Scheduler
@@ -69,6 +69,7 @@ class EngineCore:
         self.num_blocks = num_kv_blocks(config, model.info.spec, memory=memory)
         self.max_model_len = resolve_max_model_len(config, model.info, self.num_blocks)
         self._weights = describe_weights(model.weights)
+        self._checkpoint_sha256 = model.source.sha256
         ranks = plan_ranks(config, model.info.spec.num_heads, exit_status=exit_status)
         self.program = create(
             # Some ropes turn otherwise where more positions are served.
@@ -97,6 +98,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            vocab_size=model.info.spec.vocab_size,
         )
         self._embedder = None if encoder is None else Embedder(encoder, config, memory=memory(), beside=self.program)
         self._turns = Turns()
@@ -104,7 +106,12 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Take a request; its deltas come out of `step`. Raises RequestError, and then nothing is kept of it."""
-        validate_request(request, model_name=self.model_name, vocab_size=self.info.spec.vocab_size)
+        validate_request(
+            request,
+            model_name=self.model_name,
+            vocab_size=self.info.spec.vocab_size,
+            eos_token_ids=self.info.eos_token_ids,
+        )
         self._scheduler.add(request)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
@@ -235,6 +242,7 @@ class EngineCore:
             max_position=self.info.spec.max_position,
             max_num_seqs=self.config.max_num_seqs,
             checkpoint_format=self.info.checkpoint_format,
+            checkpoint_sha256=self._checkpoint_sha256,
             num_parameters=num_parameters(self.info.spec),
             weights=self._weights,
             num_kv_blocks=self.num_blocks,
@@ -280,7 +288,9 @@ def resolve_max_model_len(config: EngineConfig, info: ModelInfo, num_blocks: int
     return asked
 
 
-def validate_request(request: Request, *, model_name: str, vocab_size: int) -> None:
+def validate_request(
+    request: Request, *, model_name: str, vocab_size: int, eos_token_ids: tuple[int, ...] = ()
+) -> None:
     """Raise RequestError, naming the field, for what this engine cannot do or what has no meaning for its model."""
     if request.model != model_name:
         raise RequestError(
@@ -304,7 +314,25 @@ def validate_request(request: Request, *, model_name: str, vocab_size: int) -> N
         ("output_token_ids", request.output_token_ids),
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", tuple(sampling.logit_bias)),
+        ("bad_words", [token for word in sampling.bad_words for token in word]),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
     ):
         if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
             wrong = next(token for token in ids if not 0 <= token < vocab_size)
             raise RequestError(f"{param}: token ids must be in [0, {vocab_size}), got {wrong}.", param=param)
+    if sampling.bad_words or sampling.allowed_token_ids:
+        _need_a_choice(sampling, vocab_size, eos_token_ids)
+
+
+def _need_a_choice(sampling: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    """Raise RequestError unless one token at least is allowed whatever was written before.
+
+    Such a token is no bad word's last one and, where an answer may not end at once, ends none.
+    """
+    never = {word[-1] for word in sampling.bad_words}
+    if sampling.min_tokens:
+        never |= {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+    allowed = range(vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
+    if all(token in never for token in allowed):
+        param = "bad_words" if sampling.allowed_token_ids is None else "allowed_token_ids"
+        raise RequestError(f"{param}: bad_words and min_tokens may leave no token that is allowed.", param=param)

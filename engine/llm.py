@@ -252,7 +252,13 @@ class LLM:
                 sampling=params,
                 seed=(seed + index) % 2**64,
             )
-            stream = _Stream(request, self.text.stream(_stop_strings(params), params.min_tokens))
+            text = self.text.stream(
+                _stop_strings(params),
+                params.min_tokens,
+                include_stop=params.include_stop_str_in_output,
+                skip_special=params.skip_special_tokens,
+            )
+            stream = _Stream(request, text)
             streams.append(stream)
             with self._engine() as core:
                 core.add(request)
@@ -360,7 +366,8 @@ class _Stream:
         self.num_cached_tokens, self.error = delta.num_cached_tokens, delta.error
         for token in delta.token_ids:
             self.token_ids.append(token)
-            if delta.stop_token_id is None or token is not delta.token_ids[-1]:
+            ends = delta.stop_token_id is not None and token is delta.token_ids[-1]
+            if not ends or self.request.sampling.include_stop_str_in_output:
                 self._gain(self.detokenizer.push(token))
                 if self.detokenizer.stopped:
                     self.finish_reason = FinishReason.STOP

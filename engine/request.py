@@ -26,12 +26,17 @@ class FinishReason(str, enum.Enum):
 
 _COUNTS = frozenset({"max_tokens", "min_tokens", "top_k"})
 
+MAX_BAD_WORDS = 512
+MAX_BAD_WORD_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 4096
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens and when to stop.
 
-    `stop` strings are applied where text is made (server, LLM), never in the engine process; everything else is
-    applied by the engine. Repetition penalty counts prompt and output, presence and frequency count output only.
+    `stop` strings, and what is shown of tokens, are applied where text is made (server, LLM), never in the engine
+    process; everything else is applied by the engine. Repetition penalty counts prompt and output, presence and
+    frequency count output only, and so do bad words.
     """
 
     max_tokens: int | None = None  # None: until the context is full
@@ -44,9 +49,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output may not hold (ModelText.bad_words)
+    allowed_token_ids: tuple[int, ...] | None = None  # None: every token
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False  # the text of what ended the answer is shown, too
+    skip_special_tokens: bool = True  # special tokens are no part of the text
 
     @classmethod
     def from_defaults(cls, values: Mapping[str, float]) -> SamplingParams:
@@ -84,6 +93,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     f"logit_bias values must be between -100 and 100, got {bias!r} for token {token_id}.",
                     param="logit_bias",
                 )
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise RequestError(
+                f"bad_words must be at most {MAX_BAD_WORDS} token sequences, got {len(self.bad_words)}.",
+                param="bad_words",
+            )
+        for word in self.bad_words:
+            if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
+                raise RequestError(
+                    f"bad_words must have 1 to {MAX_BAD_WORD_TOKENS} tokens each, got {len(word)}.", param="bad_words"
+                )
+        if self.allowed_token_ids is not None and not 1 <= len(self.allowed_token_ids) <= MAX_ALLOWED_TOKENS:
+            raise RequestError(
+                f"allowed_token_ids must be 1 to {MAX_ALLOWED_TOKENS} token ids, got {len(self.allowed_token_ids)}.",
+                param="allowed_token_ids",
+            )
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -183,6 +207,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     max_position: int = 0  # tokens of context the model was made for
     max_num_seqs: int = 0
     checkpoint_format: str = ""  # what the checkpoint stores, as "Q4_1 GGUF"
+    checkpoint_sha256: str = ""  # of the bytes that the weights were made from
     num_parameters: int = 0
     weights: WeightsInfo = WeightsInfo()
     num_kv_blocks: int = 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from starlette.types import Receive
 
@@ -48,8 +48,10 @@ class Text(Protocol):
         """Whether there is a chat template."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn. Raises RequestError where it cannot be."""
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        """Token ids of a conversation, by default ready for the assistant's turn; `arguments` are the template's.
+
+        Raises RequestError where it cannot be rendered."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -60,8 +62,20 @@ class Text(Protocol):
         """The text of token ids; special tokens are left out or, without `skip_special`, written as they are."""
         ...
 
-    def stream(self, stop: Sequence[str], min_tokens: int) -> TextStream:
-        """A stream for one choice. Stop strings that end within the first `min_tokens` tokens do not count."""
+    def stream(
+        self, stop: Sequence[str], min_tokens: int, *, include_stop: bool = False, skip_special: bool = True
+    ) -> TextStream:
+        """A stream for one choice. Stop strings that end within the first `min_tokens` tokens do not count.
+
+        The one that ends it is shown with `include_stop`, special tokens are without `skip_special`."""
+        ...
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        ...
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of words that an answer may not hold, as SamplingParams takes them."""
         ...
 
 
@@ -208,7 +222,8 @@ class Generation:
         num_before, text, stream = choice.num_tokens, "", choice.text
         for token_id in delta.token_ids:
             choice.num_tokens += 1
-            if delta.stop_token_id is not None and choice.num_tokens == delta.position + len(delta.token_ids):
+            ends = delta.stop_token_id is not None and choice.num_tokens == delta.position + len(delta.token_ids)
+            if ends and not choice.request.sampling.include_stop_str_in_output:
                 break  # the token that ended the answer is counted and not shown
             text += stream.push(token_id)
             if stream.stopped:

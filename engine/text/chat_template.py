@@ -73,6 +73,7 @@ class ChatTemplate:
             raise FormatError(f"chat template: at most {MAX_SOURCE_CHARS} characters are read, it has {len(source)}")
         try:
             self._template = _ENVIRONMENT.from_string(source)
+            self._names = _names(source)
         except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise FormatError(f"chat template: {_said(error)}") from None
         if sum(len(text) ** 2 for text in special_tokens) > MAX_SPECIAL_SQUARES:  # every part of each is remembered
@@ -98,7 +99,7 @@ class ChatTemplate:
 
         Content is a string, a list of {"type": "text", "text": ...} parts (joined with newlines where the template
         reads strings), or None, as beside tool calls. `continue_final_message` leaves the last message open and
-        excludes `add_generation_prompt`. `variables` reach the template by name.
+        excludes `add_generation_prompt`. `variables` reach the template by name, but for `RESERVED` ones.
 
         Raises RequestError with the template's own message where it refuses the conversation, and where it fails on it.
         """
@@ -108,8 +109,7 @@ class ChatTemplate:
                 "continued.",
                 param="continue_final_message",
             )
-        if taken := variables.keys() & _RESERVED:
-            raise RequestError(f"A chat template's variable {min(taken)!r} cannot be replaced.", param=min(taken))
+        need_free(variables)
         conversation = [self._prepare(message, i) for i, message in enumerate(messages)]
         data = {"messages": conversation, "tools": tools, "documents": documents, **variables}
         try:
@@ -137,6 +137,7 @@ class ChatTemplate:
         prepared = {key: value for key, value in message.items() if value is not None}
         if (reasoning := message.get("reasoning_content")) is not None:
             prepared.setdefault("thinking", reasoning)  # the name some templates read
+        self._need_known(message, index)
         content = message.get("content")
         if content is not None:
             where = f"messages.{index}.content"
@@ -144,6 +145,20 @@ class ChatTemplate:
             parts = [{"type": "text", "text": text} for text in texts]
             prepared["content"] = parts if self._reads_parts else "\n".join(texts)
         return prepared
+
+    def _need_known(self, message: Message, index: int) -> None:
+        """Raise RequestError for a call of a tool, or a tool's answer, that the template would leave out or garble."""
+        for is_there, name, what in (
+            (bool(message.get("tool_calls")), "tool_calls", "calls of tools"),
+            (message.get("role") == "tool", "tool", "tools"),
+        ):
+            if is_there and name not in self._names:
+                param = f"messages.{index}.{'tool_calls' if name == 'tool_calls' else 'role'}"
+                raise RequestError(
+                    f"{param}: this model's chat template knows no {what}, so it cannot show them to the model.",
+                    param=param,
+                    code="unsupported_by_template",
+                )
 
     @staticmethod
     def _texts(content: object, where: str) -> list[str]:
@@ -217,6 +232,20 @@ class ChatTemplate:
         return not shows(probe) and shows([{"type": "text", "text": probe}])
 
 
+def need_free(variables: Mapping[str, Any]) -> None:
+    """Raise RequestError for variables that are not the caller's to set."""
+    if taken := variables.keys() & RESERVED:
+        raise RequestError(f"A chat template's variable {min(taken)!r} cannot be replaced.", param=min(taken))
+
+
+def _names(source: str) -> frozenset[str]:
+    """Attributes, keys and other constant texts in a template's code: what it may know of a message."""
+    tree = _ENVIRONMENT.parse(source)
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return frozenset(attributes | texts)
+
+
 class _RefusedError(jinja2.TemplateError):
     """The template called raise_exception."""
 
@@ -280,11 +309,11 @@ def _said(error: BaseException) -> str:
 
 _STAND_INS_KEY = "stand-ins"
 """No template can write this name."""
-_RESERVED = frozenset(
-    {"add_generation_prompt", "bos_token", "eos_token", "range", "raise_exception", BUDGET, _STAND_INS_KEY}
-)
 _ENVIRONMENT = Sandbox(
     functions={"raise_exception": _refuse, "strftime_now": _now},
     filters={"tojson": _to_json},
     extensions=[_GenerationTag, loopcontrols],
 )
+_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
+RESERVED = frozenset({*_ARGUMENTS, "bos_token", "eos_token", "self", BUDGET, _STAND_INS_KEY, *_ENVIRONMENT.globals})
+"""Variables that no caller may set: what a rendering's own arguments are named, and what every template can rely on."""

@@ -12,13 +12,19 @@ class Detokenizer:
     """The text of one choice.
 
     What `push` and `flush` return, joined, is `Tokenizer.decode` of the tokens pushed, as text after a prompt, cut
-    before the first stop string. The first is the one that ends first, and among those that end together the one that
-    begins first. One that ends within the first `min_tokens` tokens does not count. Work per token does not depend on
-    how many came before.
+    before the first stop string (after it, with `include_stop`). The first is the one that ends first, and among those
+    that end together the one that begins first. One that ends within the first `min_tokens` tokens does not count. Work
+    per token does not depend on how many came before.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0, skip_special: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
+        skip_special: bool = True,
     ) -> None:
         """Raises ValueError for an empty stop string."""
         if not all(stop):
@@ -30,6 +36,7 @@ class Detokenizer:
         self._matchers = [_Matcher(text) for text in sorted(set(stop), key=len, reverse=True)]
         self._held = ""  # decoded, and possibly the start of a stop string
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self.num_tokens = 0
         """Tokens pushed until now, or until the stop string was complete: what usage counts."""
         self.stop_string: str | None = None
@@ -72,7 +79,7 @@ class Detokenizer:
                     self.stop_string = matcher.text
             if self.stop_string is not None:
                 self._held = ""
-                return held[: num_before + index + 1 - len(self.stop_string)]
+                return held[: num_before + index + 1 - (0 if self._include_stop else len(self.stop_string))]
         keep = max(matcher.num_matched for matcher in self._matchers)
         released, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return released

@@ -48,7 +48,22 @@ class EncoderText:
         """Raises RequestError: an encoder's tokens are not made text again."""
         raise RequestError("This model is an encoder: its tokens are not made text again.", param="model")
 
-    def stream(self, stop: Sequence[str] = (), min_tokens: int = 0) -> NoReturn:
+    def stream(
+        self,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> NoReturn:
+        """Raises RequestError: an encoder continues no text."""
+        raise RequestError("This model is an encoder: it continues no text.", param="model")
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        return [self.tokenizer.id_to_piece(token_id) for token_id in token_ids]
+
+    def bad_words(self, words: Sequence[str]) -> NoReturn:
         """Raises RequestError: an encoder continues no text."""
         raise RequestError("This model is an encoder: it continues no text.", param="model")
 

@@ -68,6 +68,38 @@ class ModelText:
         """The text of token ids; special tokens are left out or, without `skip_special`, written as they are."""
         return self.tokenizer.decode(token_ids, skip_special=skip_special)
 
-    def stream(self, stop: Sequence[str] = (), min_tokens: int = 0) -> Detokenizer:
+    def stream(
+        self,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> Detokenizer:
         """A detokenizer for one choice."""
-        return Detokenizer(self.tokenizer, stop=stop, min_tokens=min_tokens)
+        return Detokenizer(
+            self.tokenizer, stop=stop, min_tokens=min_tokens, include_stop=include_stop, skip_special=skip_special
+        )
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it; "" for ids it has no token for."""
+        return [self.tokenizer.id_to_piece(token_id) for token_id in token_ids]
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of words that an answer may not hold, as SamplingParams takes them.
+
+        A word is written in other tokens at the start of a text than behind a space, so both are meant, as in vLLM.
+        Tokenizers that mark the start of a text by a space write a third way what begins a line.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip(" ")
+            for written in (word, f" {bare}"):
+                found[tuple(self.tokenizer.encode_text(written, add_bos=False))] = None
+            found[self._inside(word)] = None
+        return tuple(ids for ids in found if ids)
+
+    def _inside(self, word: str) -> tuple[int, ...]:
+        """The tokens of a word that begins a line; none where the line's end is in a token with its beginning."""
+        before, ids = (self.tokenizer.encode_text(text, add_bos=False) for text in ("\n", f"\n{word}"))
+        return tuple(ids[len(before) :]) if ids[: len(before)] == before else ()

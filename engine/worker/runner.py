@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
 from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch
+from engine.sampling.bad_words import BadWords
 from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan, Scheduled
 from engine.scheduler.sequence import Sequence
@@ -38,6 +39,7 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        vocab_size: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.program = program
@@ -47,7 +49,7 @@ class Runner:
         seqs, tokens, blocks = max_num_seqs, max_num_batched_tokens, -(-max_model_len // BLOCK_SIZE)
 
         # By slot.
-        self._slots = [_Slot() for _ in range(seqs)]
+        self._slots = [_Slot(vocab_size) for _ in range(seqs)]
         self._tables = np.zeros((seqs, blocks), np.int32)
         self._how = _SamplingRows(seqs)
 
@@ -237,9 +239,21 @@ class _SamplingRows:
 class _Slot:
     """What the runner has seen of the sequence that lives in one slot."""
 
-    __slots__ = ("_bias", "_early_bias", "_history", "_num_history", "biased", "num_blocks", "penalized", "residency")
+    __slots__ = (
+        "_bad_words",
+        "_bias",
+        "_early_bias",
+        "_history",
+        "_num_history",
+        "_vocab_size",
+        "biased",
+        "num_blocks",
+        "penalized",
+        "residency",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self.residency = -1
         self.num_blocks = 0
         self.penalized = False
@@ -247,6 +261,7 @@ class _Slot:
         self._history = _NO_INTS  # grown by doubling; the first _num_history entries count
         self._num_history = 0
         self._bias = self._early_bias = (_NO_INTS, _NO_FLOATS)
+        self._bad_words = BadWords(())
 
     def move_in(self, seq: Sequence) -> None:
         sampling = seq.request.sampling
@@ -257,11 +272,16 @@ class _Slot:
         )
         self._num_history = 0
         bias = dict(sampling.logit_bias)
+        self._bad_words = BadWords(sampling.bad_words)
+        bias |= dict.fromkeys(self._bad_words.single, -np.inf)
         self._bias = _bias_arrays(bias)
         self._early_bias = self._bias
         if seq.num_output < sampling.min_tokens:
             self._early_bias = _bias_arrays(bias | dict.fromkeys(seq.stop_token_ids, -np.inf))
-        self.biased = len(self._bias[0]) + len(self._early_bias[0]) > 0
+        if sampling.allowed_token_ids is not None:
+            others = _all_but(sampling.allowed_token_ids, self._vocab_size)
+            self._bias, self._early_bias = _joined(others, self._bias), _joined(others, self._early_bias)
+        self.biased = len(self._bias[0]) + len(self._early_bias[0]) > 0 or bool(sampling.bad_words)
 
     def history_of(self, seq: Sequence, ahead: list[int]) -> Int32:
         """Every token of the sequence and those guessed to follow, int32, where penalties read them; else empty."""
@@ -278,14 +298,31 @@ class _Slot:
         return np.concatenate([history, np.array(ahead, np.int32)]) if ahead else history
 
     def bias_of(self, seq: Sequence, ahead: list[int]) -> tuple[Int32, Float32]:
-        """Token ids and what is added to their logits; until min_tokens, whatever would stop is forbidden."""
-        return self._early_bias if seq.num_output + len(ahead) < seq.request.sampling.min_tokens else self._bias
+        """Token ids and what is added to their logits; until min_tokens, whatever would stop is forbidden.
+
+        So is what would complete a bad word. A token may come more than once: each value is added.
+        """
+        bias = self._early_bias if seq.num_output + len(ahead) < seq.request.sampling.min_tokens else self._bias
+        completing = self._bad_words.completing(seq.tokens, seq.num_prompt, ahead)
+        return _joined(bias, _bias_arrays(dict.fromkeys(completing, -np.inf))) if completing else bias
 
 
 def _bias_arrays(bias: dict[int, float]) -> tuple[Int32, Float32]:
     if not bias:
         return _NO_INTS, _NO_FLOATS
     return np.fromiter(bias, np.int32, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
+
+
+def _all_but(allowed: tuple[int, ...], vocab_size: int) -> tuple[Int32, Float32]:
+    """A bias that forbids every other token."""
+    forbidden = np.ones(vocab_size, bool)
+    forbidden[list(allowed)] = False
+    tokens = np.flatnonzero(forbidden).astype(np.int32)
+    return tokens, np.full(len(tokens), -np.inf, np.float32)
+
+
+def _joined(one: tuple[Int32, Float32], other: tuple[Int32, Float32]) -> tuple[Int32, Float32]:
+    return np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
 
 
 def _starts(arrays: list[Int32]) -> Int32:

@@ -28,7 +28,7 @@ async def create_chat_completion(
     model = service.need_model(body.model, Kind.GENERATE, "chat")
     messages = body.for_template()
     service.need_ready(model)
-    prompt = await service.encode_chat(model, messages)
+    prompt = await service.encode_chat(model, messages, body.template_arguments())
     id, created = answer_id("chatcmpl"), int(time.time())
     choices = service.choices(model, body, [prompt], answer_id=id, principal=principal, param="messages")
     if body.stream:

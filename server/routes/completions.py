@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -36,11 +37,11 @@ async def create_completion(
     model = service.need_model(body.model, Kind.GENERATE, "completions")
     vocab_size = service.need_ready(model).vocab_size
     prompts = [await _token_ids(service, model, prompt, body, vocab_size) for prompt in body.prompts()]
+    preludes = _echoes(model, body, prompts) if body.echo else []
     id, created = answer_id("cmpl"), int(time.time())
     choices = service.choices(
         model, body, prompts, answer_id=id, principal=principal, param="prompt", default_max_tokens=DEFAULT_MAX_TOKENS
     )
-    preludes = _echoes(model, body) if body.echo else []
     if body.stream:
         encoder = CompletionChunks(
             id=id,
@@ -79,7 +80,12 @@ async def _token_ids(
     return prompt
 
 
-def _echoes(model: ServedModel, body: CompletionRequest) -> list[str]:
-    """Each choice's prompt as text, by index."""
-    texts = [prompt if isinstance(prompt, str) else model.text.decode(prompt) for prompt in body.prompts()]
+def _echoes(model: ServedModel, body: CompletionRequest, prompts: Sequence[list[int]]) -> list[str]:
+    """Each choice's prompt as text, by index; of one that is cut what is left."""
+    max_model_len = model.capabilities().max_model_len
+    texts = []
+    for given, token_ids in zip(body.prompts(), prompts, strict=True):
+        kept = body.truncated(token_ids, max_model_len)
+        is_shown = isinstance(given, str) and len(kept) == len(token_ids)
+        texts.append(str(given) if is_shown else model.text.decode(kept))
     return [text for text in texts for _ in range(body.num_choices)]

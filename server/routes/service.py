@@ -6,9 +6,10 @@ import asyncio
 import hashlib
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from engine import logs
 from engine.errors import ContextLengthError, RequestError
 from engine.request import Capabilities, EmbedRequest, EncoderInfo, Request, TextInput
 from engine.text import EncoderText
+from engine.text.stand_ins import strings_in
 from server.admission import Principal
 from server.errors import ClientDisconnectedError, ModelNotFoundError, NotReadyError
 from server.generation import Answer, Choice, Generation
@@ -68,7 +70,8 @@ class Service:
         """`system_fingerprint`: equal fingerprints and seeds give equal answers."""
         if not model.fingerprint:
             known = model.engine.capabilities()
-            what = (version(), known.engine, known.model, known.checkpoint_format, known.weights, known.isa)
+            weights = (known.checkpoint_sha256, known.checkpoint_format, known.weights, known.kv_cache_dtype)
+            what = (version(), known.engine, known.model, weights, known.isa)
             limits = (known.max_model_len, self.settings.default_max_tokens, sorted(model.generation_defaults.items()))
             model.fingerprint = "fp_" + hashlib.sha256(repr((what, limits)).encode()).hexdigest()[:12]
         return model.fingerprint
@@ -165,11 +168,16 @@ class Service:
         model.metrics.prompt_tokens.inc(sum(len(text.token_ids) for text in inputs))
         return vectors
 
-    async def encode_chat(self, model: ServedModel, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation."""
-        if sum(len(message["content"]) for message in messages) < LONG_TEXT:
-            return model.text.encode_chat(messages)
-        return await asyncio.to_thread(model.text.encode_chat, messages)
+    async def encode_chat(
+        self, model: ServedModel, messages: Sequence[dict[str, Any]], arguments: Mapping[str, Any]
+    ) -> list[int]:
+        """Token ids of a conversation; `arguments` are the template's, as `TemplateBody.template_arguments` gives them.
+
+        Variables of the caller can make a template work for as long as it may, so such a rendering is never done here.
+        """
+        if len(arguments) <= 2 and sum(map(len, strings_in(messages))) < LONG_TEXT:
+            return model.text.encode_chat(messages, **arguments)
+        return await asyncio.to_thread(model.text.encode_chat, messages, **arguments)
 
     async def decode(self, model: ServedModel, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens among it."""
@@ -197,21 +205,25 @@ class Service:
         known, defaults = model.engine.capabilities(), model.generation_defaults
         usual = self.settings.default_max_tokens or int(defaults.get("max_tokens", 0)) or default_max_tokens
         seed = concrete_seed(body.seed, self.draw_seed())
+        bad_words = model.text.bad_words(body.bad_words) if body.bad_words else ()
         choices: list[Choice] = []
-        for p, prompt in enumerate(prompts):
+        for p, whole in enumerate(prompts):
+            prompt = body.truncated(whole, known.max_model_len)
             if not prompt:
                 raise RequestError(f"{param} has no tokens.", param=param)
             room = known.max_model_len - len(prompt)
             if room < 1:
                 raise ContextLengthError(max_model_len=known.max_model_len, num_tokens=len(prompt), param=param)
             max_tokens = min(body.asked_max_tokens or usual or room, room)
-            sampling = body.sampling(max_tokens=max_tokens, vocab_size=known.vocab_size, defaults=defaults)
+            sampling = body.sampling(
+                max_tokens=max_tokens, vocab_size=known.vocab_size, defaults=defaults, bad_words=bad_words
+            )
             for c in range(body.num_choices):
                 index = p * body.num_choices + c
                 request = Request(
                     request_id=f"{answer_id}-{index}",
                     model=known.model,
-                    prompt_token_ids=list(prompt),
+                    prompt_token_ids=prompt,
                     sampling=sampling,
                     seed=seed,
                     choice_index=c,
@@ -221,7 +233,13 @@ class Service:
                     cache_salt=body.cache_salt or "",  # the engine keeps tenants apart by itself
                     trace=logs.current_request(),
                 )
-                choices.append(Choice(index, request, model.text.stream(sampling.stop, sampling.min_tokens)))
+                stream = model.text.stream(
+                    sampling.stop,
+                    sampling.min_tokens,
+                    include_stop=sampling.include_stop_str_in_output,
+                    skip_special=sampling.skip_special_tokens,
+                )
+                choices.append(Choice(index, request, stream))
         return choices
 
     @asynccontextmanager

@@ -27,10 +27,11 @@ async def tokenize(
     model = service.need_model(body.model)
     max_model_len = service.need_ready(model).max_model_len
     if body.prompt is None:
-        tokens = await service.encode_chat(model, body.for_template())
+        tokens = await service.encode_chat(model, body.for_template(), body.template_arguments())
     else:
         tokens = await service.encode(model, body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    return _answer(Tokenized(count=len(tokens), max_model_len=max_model_len, tokens=tokens), headers)
+    strs = model.text.pieces(tokens) if body.return_token_strs else None
+    return _answer(Tokenized(count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=strs), headers)
 
 
 @router.post("/detokenize", response_model=Detokenized)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from engine.errors import RequestError
 from server.schemas.common import Body, ChunkEncoder, GenerationBody, Usage
+from server.schemas.conversation import MAX_TOOL_CALLS, TemplateBody, ToolCall
 from server.schemas.fields import CHAT_FIELDS, MESSAGE_FIELDS, Inspection, Table, inspect
 
 MAX_MESSAGES = 4096
@@ -58,15 +59,21 @@ class Message(Body):
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOL_CALLS)
+    tool_call_id: str | None = Field(None, max_length=256)
 
-    def for_template(self, where: str) -> dict[str, str]:
-        """The message as chat templates read it: role, content and, where given, name and reasoning_content."""
-        if self.role in ("tool", "function"):
+    def for_template(self, where: str) -> dict[str, Any]:
+        """The message as chat templates read it: role, content (None beside calls of tools) and what else is given."""
+        if self.role == "function":
             raise RequestError(
-                f"{where} has role {self.role!r}: tools are not supported by this server.",
+                f"{where} has role 'function', which tools took the place of: give it the role 'tool'.",
                 param=f"{where}.role",
                 code="unsupported_parameter",
             )
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                param = f"{where}.{name}"
+                raise RequestError(f"{param} belongs into a message of role {role!r}.", param=param)
         if self.content is None and self.role != "assistant":
             raise RequestError(f"{where}.content is missing.", param=f"{where}.content")
         texts = [part.as_text(f"{where}.content.{i}") for i, part in enumerate(self.content or ())]
@@ -74,9 +81,14 @@ class Message(Body):
             texts = [self.refusal]
         # Developer is the newer name of the role that models were trained to know as system.
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "\n".join(texts)}
+        message: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
         if self.name is not None:
             message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            calls = [call.for_template(f"{where}.tool_calls.{i}") for i, call in enumerate(self.tool_calls)]
+            message |= {"content": message["content"] or None, "tool_calls": calls}
         reasoning = self.reasoning_content if self.reasoning_content is not None else self.reasoning
         if reasoning is not None and self.role == "assistant":
             message["reasoning_content"] = reasoning
@@ -91,12 +103,12 @@ def inspect_messages(messages: Sequence[Message]) -> Inspection:
     return found
 
 
-def templated(messages: Sequence[Message]) -> list[dict[str, str]]:
+def templated(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as chat templates read them. Raises RequestError naming the part that is not text."""
     return [message.for_template(f"messages.{i}") for i, message in enumerate(messages)]
 
 
-class ChatCompletionRequest(GenerationBody):
+class ChatCompletionRequest(GenerationBody, TemplateBody):
     """A conversation to answer."""
 
     fields: ClassVar[Table] = CHAT_FIELDS
@@ -111,7 +123,7 @@ class ChatCompletionRequest(GenerationBody):
     def asked_max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def for_template(self) -> list[dict[str, str]]:
+    def for_template(self) -> list[dict[str, Any]]:
         """The messages as chat templates read them. Raises RequestError naming the part that is not text."""
         return templated(self.messages)
 
@@ -137,6 +149,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: Literal["default"] = "default"
     choices: list[ChatChoice]
     usage: Usage
 
@@ -145,6 +158,7 @@ class ChatChunks(ChunkEncoder):
     """The chunks of a streamed chat."""
 
     object = "chat.completion.chunk"
+    constants = {"service_tier": "default"}
 
     def start(self, index: int, usage: Usage | None = None) -> bytes:
         choice = b'{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,' % index

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from engine.errors import RequestError
-from engine.request import SamplingParams
+from engine.request import MAX_ALLOWED_TOKENS, SamplingParams
 from server.schemas.fields import STREAM_OPTION_FIELDS, Inspection, Table, inspect
 
 MAX_CHOICES = 128
@@ -23,6 +23,10 @@ MAX_STOP_LENGTH = 1024
 
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 64
+"""Characters; all of them are tokenized, in every way that they can be written."""
 
 SEED_SPACE = 1 << 64
 
@@ -41,6 +45,7 @@ def _bias_keys(value: Any) -> Any:
     return {int(key) if key.isascii() and key.isdigit() and len(key) < 12 else key: bias for key, bias in value.items()}
 
 
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 Stops = Annotated[StopList | None, BeforeValidator(_stops)]
@@ -90,6 +95,20 @@ class GenerationBody(RequestBody):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: LogitBias = None
+    bad_words: list[BadWord] | None = Field(
+        None, max_length=MAX_BAD_WORDS, description="Texts that the answer may not hold, as tokens write them."
+    )
+    allowed_token_ids: list[int] | None = Field(
+        None, min_length=1, max_length=MAX_ALLOWED_TOKENS, description="The only tokens that may be chosen."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Show the stop text, or stop token, that ended the answer."
+    )
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; by default yes.")
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        description="Keep only so many of the prompt's tokens, its last ones; -1: as many as fit beside max_tokens.",
+    )
     priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31, description="Lower runs first.")
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     stream: bool | None = None
@@ -119,13 +138,35 @@ class GenerationBody(RequestBody):
     def continuous_usage(self) -> bool:
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def sampling(self, *, max_tokens: int, vocab_size: int, defaults: Mapping[str, float]) -> SamplingParams:
+    def truncated(self, prompt: Sequence[int], max_model_len: int) -> list[int]:
+        """The tokens of a prompt that are kept. Raises RequestError for a number of them that no prompt can have."""
+        kept = self.truncate_prompt_tokens
+        if kept is None:
+            return list(prompt)
+        if kept == -1:
+            kept = max_model_len - min(self.asked_max_tokens or 1, max_model_len - 1)
+        if not 1 <= kept <= max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens must be -1 or from 1 to {max_model_len}, got {kept}.",
+                param="truncate_prompt_tokens",
+            )
+        return list(prompt[-kept:])
+
+    def sampling(
+        self,
+        *,
+        max_tokens: int,
+        vocab_size: int,
+        defaults: Mapping[str, float],
+        bad_words: tuple[tuple[int, ...], ...] = (),
+    ) -> SamplingParams:
         """Validated sampling parameters; `defaults` holds fields that were left out, and null leaves them out too.
 
-        Raises RequestError naming the first field outside its range.
+        `bad_words` are the tokens of this body's. Raises RequestError naming the first field outside its range.
         """
         need_tokens("logit_bias", self.logit_bias or (), vocab_size)
         need_tokens("stop_token_ids", self.stop_token_ids or (), vocab_size)
+        need_tokens("allowed_token_ids", self.allowed_token_ids or (), vocab_size)
 
         def of(name: str, otherwise: float = 0.0) -> float:
             value = getattr(self, name)
@@ -143,9 +184,13 @@ class GenerationBody(RequestBody):
             presence_penalty=of("presence_penalty"),
             frequency_penalty=of("frequency_penalty"),
             logit_bias=self.logit_bias or {},
+            bad_words=bad_words,
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=self.skip_special_tokens is not False,
         )
         sampling.validate()
         return sampling
@@ -195,6 +240,7 @@ class ChunkEncoder:
     """
 
     object: ClassVar[str]
+    constants: ClassVar[Mapping[str, str]] = {}  # more fields of every chunk
 
     def __init__(self, *, id: str, created: int, model: str, fingerprint: str, with_usage: bool) -> None:
         same = {
@@ -203,6 +249,7 @@ class ChunkEncoder:
             "created": created,
             "model": model,
             "system_fingerprint": fingerprint,
+            **self.constants,
         }
         self._head = b"data: " + msgspec.json.encode(same)[:-1] + b',"choices":['
         self._tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"

@@ -81,8 +81,9 @@ class FakeProgram:
         start, end = s.history_starts[row : row + 2].tolist()
         output = int(s.history_output_starts[row])
         b0, b1 = s.bias_starts[row : row + 2].tolist()
-        bias = dict(zip(s.bias_tokens[b0:b1].tolist(), s.bias_values[b0:b1].tolist(), strict=True))
-        assert len(bias) == b1 - b0, "a token is biased twice"
+        bias: dict[int, float] = {}
+        for token, value in zip(s.bias_tokens[b0:b1].tolist(), s.bias_values[b0:b1].tolist(), strict=True):
+            bias[token] = bias.get(token, 0.0) + value
         numbers = (
             *(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty),
             *(s.presence_penalty, s.frequency_penalty, s.seed, s.choice, s.position),
@@ -116,7 +117,13 @@ def expected_output(
         if len(output) > sampling.min_tokens and output[-1] in stops:
             break
         early = len(output) < sampling.min_tokens
-        bias = sampling.logit_bias | (dict.fromkeys(stops, -np.inf) if early else {})
+        forbidden = set(stops) if early else set()
+        if sampling.allowed_token_ids is not None:
+            forbidden |= {*range(vocab)} - {*sampling.allowed_token_ids}
+        for word in map(list, sampling.bad_words):
+            if output[len(output) - len(word) + 1 :] == word[:-1] or len(word) == 1:
+                forbidden.add(word[-1])
+        bias = sampling.logit_bias | dict.fromkeys(forbidden, -np.inf)
         floats = [float(np.float32(value)) for value in (sampling.top_p, sampling.min_p, *penalties)]
         numbers = [float(np.float32(sampling.temperature)), sampling.top_k, *floats]
         output.append(

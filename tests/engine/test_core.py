@@ -19,6 +19,7 @@ from engine.models.spec import ModelInfo
 from engine.ranks import Ranks
 from engine.request import FinishReason, SamplingParams, TokenDelta
 from engine.resident import resident_weights
+from engine.weights.pack import Source
 from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request, make_spec
 
 
@@ -27,6 +28,7 @@ class FakeModel:
     """The part of a PackedModel that the core reads."""
 
     name: str = "fake"
+    source: Source = field(default_factory=lambda: Source("fake.gguf", "the checkpoint's digest", ""))
     info: ModelInfo = field(
         default_factory=lambda: ModelInfo(
             spec=make_spec(),
@@ -114,6 +116,7 @@ def test_max_model_len_is_what_model_memory_and_operator_allow(config: dict[str,
     assert core.max_model_len == expected
     capabilities = core.capabilities()
     assert (capabilities.max_model_len, capabilities.vocab_size, capabilities.model) == (expected, VOCAB, "fake")
+    assert capabilities.checkpoint_sha256 == "the checkpoint's digest"
 
 
 def test_an_explicit_max_model_len_beyond_either_is_refused() -> None:
@@ -148,6 +151,13 @@ BASE = make_request("a", [1, 2, 3])
         ({"sampling": SamplingParams(stop_token_ids=(99,))}, "stop_token_ids", "got 99"),
         ({"sampling": SamplingParams(logit_bias={99: 1.0})}, "logit_bias", "got 99"),
         ({"sampling": SamplingParams(logit_bias={3: math.nan})}, "logit_bias", "got nan"),
+        ({"sampling": SamplingParams(bad_words=((3, 99),))}, "bad_words", "got 99"),
+        ({"sampling": SamplingParams(bad_words=((),))}, "bad_words", "1 to 1024 tokens each, got 0"),
+        ({"sampling": SamplingParams(bad_words=((3,),) * 513)}, "bad_words", "at most 512"),
+        ({"sampling": SamplingParams(bad_words=tuple((i,) for i in range(VOCAB)))}, "bad_words", "leave no token"),
+        ({"sampling": SamplingParams(allowed_token_ids=(99,))}, "allowed_token_ids", "got 99"),
+        ({"sampling": SamplingParams(allowed_token_ids=())}, "allowed_token_ids", "got 0"),
+        ({"sampling": SamplingParams(allowed_token_ids=EOS, min_tokens=1)}, "allowed_token_ids", "leave no token"),
     ],
 )
 def test_what_has_no_meaning_is_refused_and_leaves_nothing(change: dict[str, Any], param: str, message: str) -> None:
@@ -199,10 +209,17 @@ def test_an_interrupted_step_is_computed_again(error: BaseException) -> None:
 
 
 def test_a_replay_continues_as_if_nothing_had_happened() -> None:
-    sampling = SamplingParams(max_tokens=60, min_tokens=20, repetition_penalty=1.2, logit_bias={4: 1.0})
+    sampling = SamplingParams(
+        max_tokens=60,
+        min_tokens=20,
+        repetition_penalty=1.2,
+        logit_bias={4: 1.0},
+        allowed_token_ids=(0, *range(4, 9)),
+        bad_words=((4, 4), (5, 6), (7, 8, 4)),
+    )
     request = make_request("a", range(33), sampling=sampling, seed=9)
     whole = expected_output(request)
-    for done in (1, 19, 20, len(whole) - 1, len(whole)):
+    for done in (1, 2, 3, 4, 19, 20, len(whole) - 1, len(whole)):
         core, _ = make_core()
         core.add(msgspec.structs.replace(request, output_token_ids=whole[:done]))
         deltas = drain(core)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,7 @@ class FakeEngine:
         self.encoder: EncoderInfo | None = None
         self.embedding: Callable[[EmbedRequest], NDArray[np.float32] | BaseException | asyncio.Event] = lengths
         self.embeddings: list[EmbedRequest] = []
+        self.known: dict[str, str] = {}  # more of its capabilities
 
     async def start(self) -> None:
         if self.may_start is not None:
@@ -140,6 +142,7 @@ class FakeEngine:
             max_model_len=self.max_model_len,
             vocab_size=VOCAB_SIZE,
             encoder=self.encoder,
+            **self.known,  # type: ignore[arg-type]
         )
 
     async def stats(self) -> EngineStats:
@@ -153,8 +156,9 @@ class FakeEngine:
 class FakeStream:
     """Characters as they come; text that may still become a stop string is held back."""
 
-    def __init__(self, stop: Sequence[str], min_tokens: int) -> None:
+    def __init__(self, stop: Sequence[str], min_tokens: int, include_stop: bool) -> None:
         self._stop = stop
+        self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._held = ""
         self._num_tokens = 0
@@ -167,7 +171,7 @@ class FakeStream:
             for stop in self._stop:
                 if (at := self._held.find(stop)) >= 0:
                     self.stopped = True
-                    return self._held[:at]
+                    return self._held[: at + self._include_stop * len(stop)]
         keep = max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
         given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return given
@@ -182,8 +186,8 @@ class FakeText:
 
     chats = True
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return [BOS] + [ord(c) % VOCAB_SIZE for message in messages for c in message["content"]]
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        return [BOS] + [ord(c) % VOCAB_SIZE for message in messages for c in message["content"] or ""]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return ([BOS] if add_special_tokens else []) + [ord(c) % VOCAB_SIZE for c in text]
@@ -191,5 +195,13 @@ class FakeText:
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         return "".join(chr(token_id) for token_id in token_ids if token_id > BOS or not skip_special)
 
-    def stream(self, stop: Sequence[str], min_tokens: int) -> FakeStream:
-        return FakeStream(stop, min_tokens)
+    def stream(
+        self, stop: Sequence[str], min_tokens: int, *, include_stop: bool = False, skip_special: bool = True
+    ) -> FakeStream:
+        return FakeStream(stop, min_tokens, include_stop)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        return [chr(token_id) for token_id in token_ids]
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(ord(c) % VOCAB_SIZE for c in word) for word in words)

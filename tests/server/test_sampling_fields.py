@@ -142,3 +142,15 @@ async def test_messages_as_they_come_back(client: Client, engine: FakeEngine) ->
     assert "x-seraph-ignored" not in response.headers
     prompt = "".join(map(chr, engine.requests[-1].prompt_token_ids[1:]))
     assert prompt == "Be brief.a\nbHello, worldnoneverc"
+
+
+async def test_the_fingerprint_follows_the_weights_and_what_computes_with_them() -> None:
+    """Equal fingerprints and seeds promise equal answers."""
+    kinds: list[dict[str, str]] = [{}, {"checkpoint_sha256": "a"}, {"checkpoint_sha256": "b"}, {"isa": "avx2"}]
+    found = set()
+    for changes in [*kinds, {"kv_cache_dtype": "int8"}, {}]:
+        engine = FakeEngine()
+        engine.known = changes
+        async with client_for(engine) as client:
+            found.add((await client.post(CHAT, json=chat())).json()["system_fingerprint"])
+    assert len(found) == 5

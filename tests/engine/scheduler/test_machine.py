@@ -32,6 +32,9 @@ samplings = st.builds(
     logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, 1.5]), max_size=2),
     stop_token_ids=st.sets(tokens, max_size=1).map(tuple),
     ignore_eos=st.booleans(),
+    # Few tokens, so that bad words of several would come about all the time.
+    allowed_token_ids=st.sampled_from([None, None, (0, 4, 5, 6)]),
+    bad_words=st.lists(st.lists(st.sampled_from([4, 5, 6]), min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
 )
 # A few common beginnings, so that prefixes are shared.
 prompts = st.builds(
@@ -66,7 +69,11 @@ class Traffic(RuleBasedStateMachine):
             clock=lambda: self.now,
         )
         self.runner = Runner(
-            self.program, max_num_seqs=max_num_seqs, max_num_batched_tokens=self.budget, max_model_len=MAX_LEN
+            self.program,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            max_model_len=MAX_LEN,
+            vocab_size=VOCAB,
         )
         self.plan: Plan | None = None
         self.expected: dict[str, list[int]] = {}  # of live requests

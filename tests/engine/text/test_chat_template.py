@@ -351,3 +351,19 @@ def test_variables_cannot_replace_what_the_template_stands_on(name: str) -> None
 def test_arbitrary_sources_fail_cleanly(source: str) -> None:
     with suppress(FormatError, RequestError):
         ChatTemplate(source, special_tokens=SPECIAL).render([user()])
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "tool", "content": "4"}, "messages.0.role"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, "messages.0.tool_calls"),
+    ],
+)
+def test_a_template_that_knows_no_tools_is_given_none(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError, match="knows no") as caught:
+        render(CHATML, [message])
+    assert (caught.value.param, caught.value.code) == (param, "unsupported_by_template")
+    knows = CHATML + "{{ 'tool' in messages[0].role }}{{ messages[0]['tool_calls'] is defined }}"
+    assert "True" in render(knows, [message])
+    assert render(CHATML, [{**user(), "tool_calls": []}])  # none is none

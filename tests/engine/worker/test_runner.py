@@ -36,7 +36,13 @@ class Bench:
             enable_prefix_caching=caching,
             eos_token_ids=EOS,
         )
-        self.runner = Runner(program, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=MAX_LEN)
+        self.runner = Runner(
+            program,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=MAX_LEN,
+            vocab_size=program.spec.vocab_size,
+        )
         self.output: dict[str, list[int]] = {}
 
     def add(self, *requests: Request) -> None:
@@ -105,6 +111,11 @@ SAMPLINGS = {
     "huge top_k": SamplingParams(max_tokens=50, top_k=2**31 - 1, ignore_eos=True),
     "min_tokens": SamplingParams(max_tokens=50, min_tokens=40, logit_bias={1: 2.0, 5: 3.0}, stop_token_ids=(9,)),
     "stops": SamplingParams(max_tokens=50, stop_token_ids=(7, 8, 9)),
+    "bad words": SamplingParams(max_tokens=50, ignore_eos=True, bad_words=((3,), (4, 5), (4, 6, 4), (30, 31))),
+    "few tokens": SamplingParams(max_tokens=50, allowed_token_ids=(4, 5, 6), logit_bias={4: 2.0, 9: 1.0}),
+    "both, and min_tokens": SamplingParams(
+        max_tokens=50, min_tokens=40, allowed_token_ids=(1, 4, 5, 6), bad_words=((4, 4), (5, 5), (4, 5, 6), (4, 5, 1))
+    ),
 }
 
 
@@ -162,9 +173,36 @@ def test_time_in_the_program_is_counted_by_the_clock() -> None:
     program = FakeProgram(num_blocks=16)
     bench = Bench(program)
     bench.runner = Runner(
-        program, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=MAX_LEN, clock=lambda: float(next(ticks))
+        program,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_model_len=MAX_LEN,
+        vocab_size=program.spec.vocab_size,
+        clock=lambda: float(next(ticks)),
     )
     bench.add(make_request("a", [1, 2, 3], sampling=SamplingParams(max_tokens=4, ignore_eos=True)))
     bench.finish()
     assert bench.runner.num_steps == 4
     assert bench.runner.step_seconds == 4.0
+
+
+def test_bad_words_are_looked_for_in_the_output_alone() -> None:
+    """What a prompt ends with begins no word; what a resumed request has written does."""
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True, allowed_token_ids=(4, 5), bad_words=((4, 4), (5, 4, 5)))
+    program = Recorder()
+    bench = Bench(program)
+    bench.add(
+        make_request("fresh", [5, 4], sampling=sampling), make_request("resumed", [9, 9, 5], sampling=sampling,
+        output_token_ids=[4]),
+    )  # fmt: skip
+    bench.step()
+
+    def forbidden(row: int) -> set[int]:
+        how = program.seen[0].sampling
+        assert how is not None
+        entries = slice(*how.bias_starts[row : row + 2])
+        pairs = zip(how.bias_tokens[entries].tolist(), how.bias_values[entries].tolist(), strict=True)
+        return {token for token, value in pairs if value == -float("inf")} & {4, 5}
+
+    assert (forbidden(0), forbidden(1)) == (set(), {4})
+    assert bench.finish()["resumed"][:2] == [4, 5]
