@@ -16,8 +16,12 @@ from server.settings import is_loopback
 Headers = Sequence[tuple[bytes, bytes]]
 """As ASGI gives them: names in lower case, both sides bytes."""
 
-OPEN_PATHS = ("/health", "/health/live", "/health/ready")
-"""Answered without a key: orchestrators have none, and they tell only whether the server is up. /metrics needs it."""
+DOCUMENTATION_PATHS = ("/docs", "/docs/start.js", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/openapi.json")
+OPEN_PATHS = ("/health", "/health/live", "/health/ready", *DOCUMENTATION_PATHS)
+"""Answered without a key: orchestrators have none, and they tell only whether the server is up. /metrics needs it.
+
+Nor does a browser that follows a link to the documentation, which is the same everywhere.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -22,31 +18,14 @@ from server.errors import error_response
 from server.loading import Loader
 from server.metrics import Metrics
 from server.middleware import Door, RequestContext
+from server.openapi import openapi
 from server.registry import Registry, ServedModel
-from server.routes import admin, chat, completions, embeddings, health, tokenization
+from server.routes import admin, chat, completions, documentation, embeddings, health, tokenization
 from server.routes import models as model_routes
 from server.routes.service import Service
-from server.schemas.admin import LoadModelRequest
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.completions import CompletionRequest
-from server.schemas.embeddings import EmbeddingRequest
-from server.schemas.scores import RerankRequest, ScoreRequest
-from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings, version
 
 logger = logging.getLogger("seraph.server")
-
-BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/embeddings": EmbeddingRequest,
-    "/v1/score": ScoreRequest,
-    "/v1/rerank": RerankRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-    "/admin/models": LoadModelRequest,
-}
-"""Request bodies for the OpenAPI document: handlers read them themselves, bounded and strictly."""
 
 
 def create_app(
@@ -117,7 +96,8 @@ def create_app(
         version=version(),
         lifespan=lifespan,
         middleware=middleware,
-        docs_url=None,  # its pages load scripts from elsewhere
+        openapi_url=None,  # routes/documentation.py has both: FastAPI's page loads scripts from elsewhere
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},  # ours is /metrics
@@ -125,9 +105,9 @@ def create_app(
     app.state.service = service
     app.add_exception_handler(SeraphError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
-    for routes in (chat, completions, embeddings, tokenization, model_routes, admin, health):
+    for routes in (chat, completions, embeddings, tokenization, model_routes, admin, health, documentation):
         app.include_router(routes.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 
 
@@ -149,17 +129,3 @@ async def _start(model: ServedModel, service: Service) -> None:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     return error_response(error, request.state.request_id)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        refs, definitions = models_json_schema(
-            [(model, "validation") for model in BODIES.values()], ref_template="#/components/schemas/{model}"
-        )
-        schema["components"]["schemas"].update(definitions["$defs"])
-        for path, model in BODIES.items():
-            content = {"application/json": {"schema": refs[(model, "validation")]}}
-            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-        app.openapi_schema = schema
-    return app.openapi_schema

@@ -10,10 +10,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32 << 10
 """Request line and header fields together; the OpenAI SDK sends about 1 KB."""
+MAX_HEADERS = 128
+"""Header fields; the OpenAI SDK sends about 20, and every layer of the application goes through them."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Refuses a head of more than MAX_HEAD_BYTES (431) and closes a connection whose head does not arrive in time.
+    """Bounds a request's head: MAX_HEAD_BYTES and MAX_HEADERS (431), and `head_timeout`, after which it closes.
 
     A connection that sends nothing, or a head byte by byte, would otherwise be held for as long as its peer likes.
     """
@@ -23,6 +25,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_head_bytes = 0
+        self._num_headers = 0
+        self._in_head = True
+        self._num_unparsed_bytes = 0  # of the head: a field is parsed once it is whole, and may never be
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -33,9 +38,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._num_unparsed_bytes += len(data)
+            if self._head_is_too_large:
+                self.send_400_response("request head too large")
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._num_head_bytes = 0
+        self._in_head = True
+        self._num_head_bytes = self._num_headers = self._num_unparsed_bytes = 0
         self._expect_head()
 
     def on_url(self, url: bytes) -> None:
@@ -43,27 +56,35 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_headers += 1
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        self._in_head = False
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
         """What could not be parsed, as an OpenAI error body."""
         status, message = 400, "The request is not valid HTTP/1.1."
-        if self._num_head_bytes > MAX_HEAD_BYTES:
-            status, message = 431, f"The request's head must be at most {MAX_HEAD_BYTES} bytes."
+        if self._head_is_too_large:
+            most = f"{MAX_HEAD_BYTES} bytes and {MAX_HEADERS} header fields"
+            status, message = 431, f"The request's head must be at most {most}."
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = msgspec.json.encode({"error": error})
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
 
+    @property
+    def _head_is_too_large(self) -> bool:
+        num_bytes = max(self._num_head_bytes, self._num_unparsed_bytes)
+        return num_bytes > MAX_HEAD_BYTES or self._num_headers > MAX_HEADERS
+
     def _count(self, num_bytes: int) -> None:
         self._num_head_bytes += num_bytes
-        if self._num_head_bytes > MAX_HEAD_BYTES:
+        if self._head_is_too_large:
             raise ValueError("request head too large")  # the parser stops, and send_400_response is called
 
     def _expect_head(self) -> None:

@@ -54,7 +54,7 @@ class Message(Body):
     """One message. Whatever an answer of ours holds may stand here again."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content = None
+    content: Content = Field(None, description="Text, or parts of type text.")
     name: str | None = None
     refusal: str | None = None
     reasoning: str | None = None

@@ -87,14 +87,16 @@ class GenerationBody(RequestBody):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Number of answers.")
     seed: int | None = Field(None, description="Any whole number; taken modulo 2^64.")
     stop: Stops = Field(None, description="Up to 16 texts that end the answer and are not part of it.")
-    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: list[int] | None = Field(
+        None, max_length=MAX_STOP_TOKEN_IDS, description="Tokens that end the answer and are not part of its text."
+    )
     max_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer, cut to what the context leaves.")
-    min_tokens: int | None = Field(None, ge=0)
-    ignore_eos: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: LogitBias = None
+    min_tokens: int | None = Field(None, ge=0, description="Nothing ends the answer before.")
+    ignore_eos: bool | None = Field(None, description="Write on after the model's end of turn.")
+    presence_penalty: float | None = Field(None, description="-2 to 2, of tokens that the answer has.")
+    frequency_penalty: float | None = Field(None, description="-2 to 2, for each time that the answer has a token.")
+    repetition_penalty: float | None = Field(None, description="Above 0, at most 10; of prompt and answer. 1: off.")
+    logit_bias: LogitBias = Field(None, description="-100 to 100 for token ids.")
     bad_words: list[BadWord] | None = Field(
         None, max_length=MAX_BAD_WORDS, description="Texts that the answer may not hold, as tokens write them."
     )
@@ -110,8 +112,10 @@ class GenerationBody(RequestBody):
         description="Keep only so many of the prompt's tokens, its last ones; -1: as many as fit beside max_tokens.",
     )
     priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31, description="Lower runs first.")
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    stream: bool | None = None
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=256, description="Prompts are shared in the cache among equal salts only."
+    )
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
 
     def inspect(self) -> Inspection:

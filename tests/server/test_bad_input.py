@@ -185,7 +185,9 @@ async def test_a_prompt_over_the_context(client: Client, path: str, body: dict[s
     assert error["message"].startswith("This model's maximum context length is")
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat/completions/", "/v1/audio/speech", "/docs"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/chat/completions/", "/v1/audio/speech", "/docs/", "/docs/favicon.png"]
+)
 async def test_unknown_paths(client: Client, path: str) -> None:
     response = await client.get(path)
     assert response.status_code == 404

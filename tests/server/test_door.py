@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from engine.errors import ConfigError
+from server.admission import OPEN_PATHS
 from server.settings import Settings
 from tests.server.fakes import FakeEngine
 from tests.server.support import chat, client_for, listening, settings
@@ -44,7 +45,7 @@ async def test_the_right_key(headers: dict[str, str]) -> None:
         {"x-api-key": "schl\u00fcssel".encode()},
     ],
 )
-@pytest.mark.parametrize("path", [CHAT, "/v1/models", "/metrics", "/version", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/models", "/metrics", "/version", "/docs/other", "/nowhere"])
 async def test_a_missing_or_wrong_key(headers: dict[str, Any], path: str) -> None:
     engine = FakeEngine()
     async with client_for(engine, settings(api_key=KEYS)) as client:
@@ -57,8 +58,8 @@ async def test_a_missing_or_wrong_key(headers: dict[str, Any], path: str) -> Non
     assert engine.requests == []
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
-async def test_health_needs_no_key(path: str) -> None:
+@pytest.mark.parametrize("path", OPEN_PATHS)
+async def test_health_and_documentation_need_no_key(path: str) -> None:
     async with client_for(FakeEngine(), settings(api_key=KEYS)) as client:
         assert (await client.get(path)).status_code == 200
 
@@ -148,9 +149,25 @@ async def test_a_head_over_the_limit() -> None:
     async with listening(FakeEngine()) as url, httpx.AsyncClient() as client:
         fits = await client.get(url + "/health", headers={"x-long": "a" * 30_000})
         assert fits.status_code == 200
-        response = await client.get(url + "/health", headers={"x-long": "a" * 40_000})
-        assert response.status_code == 431
-        assert response.json()["error"]["code"] == "invalid_http"
+        for headers in ({"x-long": "a" * 40_000}, {f"x-{i}": "a" for i in range(130)}):
+            response = await client.get(url + "/health", headers=headers)
+            assert response.status_code == 431
+            assert response.json()["error"]["code"] == "invalid_http"
+            assert "at most 32768 bytes and 128 header fields" in response.json()["error"]["message"]
+        many = {f"x-{i}": "a" for i in range(100)}
+        for _ in range(3):  # each request of a connection is counted by itself
+            assert (await client.get(url + "/health", headers=many)).status_code == 200
+
+
+async def test_a_head_without_an_end_is_not_kept() -> None:
+    async with listening(FakeEngine()) as url:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"a" * 40_000)
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 431 ")
 
 
 async def test_what_is_not_http() -> None:
