@@ -13,6 +13,7 @@ from server.settings import resolve, unknown_environment, version
 
 DISTRIBUTIONS = (
     "fastapi",
+    "fastapi-offline",
     "gguf",
     "httptools",
     "httpx",
