@@ -249,7 +249,7 @@ class EngineCore:
             kv_cache_tokens=self.num_blocks * BLOCK_SIZE,
             kv_cache_bytes=self.num_blocks * BLOCK_SIZE * self.info.spec.kv_bytes_per_token(self.config.kv_cache_dtype),
             kv_cache_dtype=self.config.kv_cache_dtype,
-            features=frozenset({"generate", *(() if self._embedder is None else self._embedder.features)}),
+            features=frozenset({"generate", "logprobs", *(() if self._embedder is None else self._embedder.features)}),
             encoder=None if self._embedder is None else self._embedder.info,
         )
 
@@ -296,7 +296,7 @@ def validate_request(
         raise RequestError(
             f"model must be {model_name!r}, got {request.model!r}.", param="model", code="model_not_found"
         )
-    for name in ("adapter", "grammar", "prompt_logprobs", "pooling"):
+    for name in ("adapter", "grammar", "pooling"):
         if (value := getattr(request, name)) is not None:
             raise RequestError(f"{name} is not supported by this engine, got {value!r}.", param=name)
     if not request.prompt_token_ids:

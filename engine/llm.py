@@ -24,7 +24,7 @@ from engine.encoder_core import EncoderCore, build_core
 from engine.errors import EngineError, RequestError
 from engine.llm_bars import GenerationBar, TextsBar, interrupts_deferred, loading_bars
 from engine.models.spec import EncoderSpec
-from engine.request import Embedded, EmbedRequest, FinishReason, Request, SamplingParams, TokenDelta
+from engine.request import Embedded, EmbedRequest, FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
 from engine.text import Detokenizer, EncoderText, ModelText
 from engine.weights import PackedModel, load_encoder, load_packed
 
@@ -48,6 +48,9 @@ class Completion:
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_cached_tokens: int  # of the prompt, found in the prefix cache
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, where `SamplingParams.logprobs` asks
+    # One for each prompt token, where `SamplingParams.prompt_logprobs` asks; nothing predicts the first.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class LLM:
@@ -358,14 +361,18 @@ class _Stream:
     detokenizer: Detokenizer
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     error: str | None = None
 
     def receive(self, delta: TokenDelta) -> None:
         self.num_cached_tokens, self.error = delta.num_cached_tokens, delta.error
-        for token in delta.token_ids:
+        self.prompt_logprobs += delta.prompt_logprobs
+        for index, token in enumerate(delta.token_ids):
             self.token_ids.append(token)
+            self.logprobs += delta.logprobs[index : index + 1]
             ends = delta.stop_token_id is not None and token is delta.token_ids[-1]
             if not ends or self.request.sampling.include_stop_str_in_output:
                 self._gain(self.detokenizer.push(token))
@@ -380,12 +387,15 @@ class _Stream:
         """The whole. Raises EngineError if the engine failed the request."""
         self.check()
         assert self.finish_reason is not None
+        sampling = self.request.sampling
         return Completion(
             text="".join(self.pieces),
             token_ids=self.token_ids,
             finish_reason=self.finish_reason,
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_cached_tokens=self.num_cached_tokens,
+            logprobs=None if sampling.logprobs is None else self.logprobs,
+            prompt_logprobs=None if sampling.prompt_logprobs is None else [None, *self.prompt_logprobs],
         )
 
     def check(self) -> None:

@@ -24,6 +24,9 @@ class FinishReason(str, enum.Enum):
     ERROR = "error"  # the engine failed it; TokenDelta.error says how
 
 
+MAX_LOGPROBS = 20
+"""Most of the best tokens whose log-probabilities may be asked for beside the token's own."""
+
 _COUNTS = frozenset({"max_tokens", "min_tokens", "top_k"})
 
 MAX_BAD_WORDS = 512
@@ -39,7 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency count output only, and so do bad words.
     """
 
-    max_tokens: int | None = None  # None: until the context is full
+    max_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, and nothing chosen
     min_tokens: int = 0  # end-of-turn, stop tokens and stop strings wait until this many were produced
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
@@ -56,6 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False  # the text of what ended the answer is shown, too
     skip_special_tokens: bool = True  # special tokens are no part of the text
+    logprobs: int | None = None  # with each token its log-probability and those of so many of the best; None: without
+    prompt_logprobs: int | None = None  # the same of each prompt token that has one before it
 
     @classmethod
     def from_defaults(cls, values: Mapping[str, float]) -> SamplingParams:
@@ -73,7 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise RequestError(f"{param} must be {allowed}, got {getattr(self, param)!r}.", param=param)
 
         # Comparisons are written so that NaN fails them.
-        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "at least 0")
         need(self.min_tokens >= 0, "min_tokens", "at least 0")
         need(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
@@ -87,6 +92,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         need(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "above 0 and at most 10")
         need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            need(count is None or 0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(
@@ -131,9 +139,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     deadline: float | None = None  # Unix time, seconds
     cache_salt: str = ""  # prefix-cache blocks are shared only between equal salts
     grammar: str | None = None
-    prompt_logprobs: int | None = None
     pooling: str | None = None
     trace: str = ""  # what log lines about it carry: the id of the HTTP request it came with
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """A token and how likely the model itself held it and others in its place: natural logarithms of the softmax of raw
+    logits, before penalties, bias, masks, temperature and selections. -inf, with rank 0, where a logit was not finite.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 for the most likely
+    top: list[tuple[int, float]] = []  # the most likely ones and theirs, as many as were asked for, the best first
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -142,6 +160,10 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
     position: int  # index, among the output tokens, of token_ids[0]
     token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []  # one for each of token_ids, where SamplingParams.logprobs asks for them
+    # Of the prompt's second token to its last, all at once in the first delta: a request that is resumed after its
+    # first token has brought them.
+    prompt_logprobs: list[TokenLogprobs] = []
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended the request (it is the last of token_ids)
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
@@ -200,7 +222,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     max_model_len: int
     vocab_size: int
-    features: frozenset[str] = frozenset()  # of: generate, embed, score, grammar, prompt_logprobs, adapter
+    features: frozenset[str] = frozenset()  # of: generate, embed, score, grammar, logprobs, adapter
     isa: str = ""  # kernel build in use; empty where the engine has no such choice, as in the fields below
     threads: int = 0
     num_ranks: int = 0  # tensor-parallel ranks that the threads form

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
@@ -14,10 +14,11 @@ from starlette.types import Receive
 
 from engine.backends.base import Engine
 from engine.errors import EngineDeadError, EngineError
-from engine.request import FinishReason, Request, TokenDelta
+from engine.request import FinishReason, Request, TokenDelta, TokenLogprobs
 from server.errors import ClientDisconnectedError, DeadlineError
 from server.metrics import ModelMetrics
 from server.schemas.common import Usage, usage
+from server.schemas.logprobs import ScoredToken
 
 Stop = Literal["stop", "length"]
 """The API's finish reasons of an answer that is complete."""
@@ -29,6 +30,11 @@ class TextStream(Protocol):
     @property
     def stopped(self) -> bool:
         """A stop string was found: nothing more will come, and nothing more may be pushed."""
+        ...
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all tokens pushed, given out or not."""
         ...
 
     def push(self, token_id: int) -> str:
@@ -62,6 +68,10 @@ class Text(Protocol):
         """The text of token ids; special tokens are left out or, without `skip_special`, written as they are."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token contributes to text, which may be part of a character."""
+        ...
+
     def stream(
         self, stop: Sequence[str], min_tokens: int, *, include_stop: bool = False, skip_special: bool = True
     ) -> TextStream:
@@ -86,10 +96,14 @@ class Choice:
     index: int  # in the answer
     request: Request
     text: TextStream
+    keeps_token_ids: bool = False
     num_tokens: int = 0  # delivered
     num_cached_tokens: int = 0  # of the prompt
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    num_characters: int = 0  # of text, given out
+    waiting: list[tuple[ScoredToken, int]] = field(default_factory=list)  # tokens whose text may be held, and its end
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # for the next piece
 
 
 @dataclass(slots=True)
@@ -99,6 +113,9 @@ class Piece:
     index: int
     text: str = ""
     finish_reason: Stop | None = None
+    token_ids: list[int] = field(default_factory=list)  # all that were chosen, with those whose text is held or cut off
+    tokens: list[ScoredToken] = field(default_factory=list)  # those of the text, where log-probabilities are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # in the first piece, where they are wanted
 
 
 @dataclass(slots=True)
@@ -107,6 +124,17 @@ class Answer:
 
     text: str = ""
     finish_reason: Stop = "stop"
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[ScoredToken] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def add(self, piece: Piece) -> None:
+        """Take what the choice gained."""
+        self.text += piece.text
+        self.finish_reason = piece.finish_reason or self.finish_reason
+        self.token_ids += piece.token_ids
+        self.tokens += piece.tokens
+        self.prompt_logprobs += piece.prompt_logprobs
 
 
 class Generation:
@@ -219,25 +247,38 @@ class Generation:
         """Turn a delta into text; True when the choice has ended."""
         reason = _reason(delta)
         choice.num_cached_tokens = delta.num_cached_tokens or choice.num_cached_tokens
+        choice.prompt_logprobs += delta.prompt_logprobs
         num_before, text, stream = choice.num_tokens, "", choice.text
+        scored = iter(delta.logprobs)
         for token_id in delta.token_ids:
             choice.num_tokens += 1
             ends = delta.stop_token_id is not None and choice.num_tokens == delta.position + len(delta.token_ids)
             if ends and not choice.request.sampling.include_stop_str_in_output:
                 break  # the token that ended the answer is counted and not shown
+            start = stream.num_characters
             text += stream.push(token_id)
+            if (logprobs := next(scored, None)) is not None:
+                choice.waiting.append((ScoredToken(logprobs, start), stream.num_characters))
             if stream.stopped:
                 reason = "stop"
                 break
         if reason is not None and not stream.stopped:
             text += stream.flush()
             reason = "stop" if stream.stopped else reason
-        self._observe(choice, choice.num_tokens - num_before, reason)
-        if text or reason is not None:
+        num_new = choice.num_tokens - num_before
+        self._observe(choice, num_new, reason)
+        choice.num_characters += len(text)
+        tokens = _certain(choice, ended=reason is not None) if choice.waiting else []
+        token_ids = delta.token_ids[:num_new] if choice.keeps_token_ids else []
+        if text or tokens or token_ids or reason is not None:
             piece = self._pending.get(choice.index)
             if piece is None:
                 piece = self._pending[choice.index] = Piece(choice.index)
             piece.text += text
+            piece.tokens += tokens
+            piece.token_ids += token_ids
+            piece.prompt_logprobs += choice.prompt_logprobs
+            choice.prompt_logprobs = []
             piece.finish_reason = reason
             if reason is not None:
                 self._num_live -= 1
@@ -263,6 +304,19 @@ class Generation:
             if choice.request.choice_index == 0:
                 metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
                 metrics.cached_tokens.inc(choice.num_cached_tokens)
+
+
+def _certain(choice: Choice, *, ended: bool) -> list[ScoredToken]:
+    """Take the tokens whose text has been given out; at the end also those that a stop string has cut in two."""
+    waiting, given = choice.waiting, choice.num_characters
+    if not ended:
+        num_certain = next((i for i, (_, end) in enumerate(waiting) if end > given), len(waiting))
+    elif choice.text.stopped:
+        num_certain = next((i for i, (token, _) in enumerate(waiting) if token.offset >= given), len(waiting))
+    else:
+        num_certain = len(waiting)
+    choice.waiting = waiting[num_certain:]
+    return [token for token, _ in waiting[:num_certain]]
 
 
 def _reason(delta: TokenDelta) -> Stop | None:

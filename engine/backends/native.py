@@ -102,6 +102,8 @@ def merge(deltas: list[TokenDelta]) -> TokenDelta:
         request_id=last.request_id,
         position=deltas[0].position,
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=[each for delta in deltas for each in delta.logprobs],
+        prompt_logprobs=[each for delta in deltas for each in delta.prompt_logprobs],
         finish_reason=last.finish_reason,
         stop_token_id=last.stop_token_id,
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),

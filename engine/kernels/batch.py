@@ -66,6 +66,25 @@ class SamplingArrays:
     mask_ready: Int32 | None = None  # [num_masks], another thread stores 1 when the row is written; waited for
 
 
+@dataclass(slots=True, frozen=True)
+class LogprobArrays:
+    """Which log-probabilities each row wants, and where they go. R rows, in the order of StepBatch.logits_rows.
+
+    They are the model's own: of the softmax of raw logits, before penalties, bias, mask, temperature and selections.
+    A token whose logit is not finite has -inf and rank 0. A rank is 1 + the tokens with larger logits or, among equals,
+    lower ids; the largest come in that order.
+
+    The sum of e^(logit - largest) adds runs of 1,024 tokens in 16 float32 lanes each, and these in float64, so that a
+    row's values are the same bits beside any other rows and on every build that fuses multiply-adds.
+    """
+
+    counts: Int32  # [R], so many of the largest, at most N; -1: nothing is written of this row
+    targets: Int32  # [R], the row's token where it is given: nothing is drawn, it is the row's result; -1: it is chosen
+    tokens: Int32  # out [R, 1 + N], the row's token, then the largest; -1 where there are no more
+    logprobs: Float32  # out [R, 1 + N], theirs, natural logarithms
+    ranks: Int32  # out [R], of the row's token
+
+
 @dataclass(slots=True)
 class StepBatch:
     """T tokens of Q requests, flat. Request q owns tokens query_starts[q] to query_starts[q + 1].
@@ -82,6 +101,7 @@ class StepBatch:
     block_tables: Int32  # [num_kv_groups, Q, max_blocks]; entries past the sequence are not read
     logits_rows: Int32  # [R], indices into T, ascending
     sampling: SamplingArrays | None = None  # None: nothing is chosen
+    logprobs: LogprobArrays | None = None  # only beside sampling
     logits: Float32 | None = None  # out [R, vocab], raw logits, before penalties
     hidden: Float32 | None = None  # out [R, hidden], after the final norm
     adapters: Int32 | None = None  # [T], -1: none

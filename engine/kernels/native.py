@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.config import KV_DTYPES
 from engine.errors import StalledRankError
-from engine.kernels.batch import Int32, SamplingArrays, StepBatch, Weights
+from engine.kernels.batch import Int32, LogprobArrays, SamplingArrays, StepBatch, Weights
 from engine.kernels.layout import Correction, PackedTensor
 from engine.kernels.validate import check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
@@ -132,6 +132,7 @@ class NativeProgram:
                 batch.logits_rows,
                 batch.causal,
                 self._native,
+                None if batch.logprobs is None else native_logprobs(self._module, batch.logprobs),
                 batch.logits,
                 batch.hidden,
                 chosen,
@@ -178,6 +179,11 @@ class NativeProgram:
 def native_sampling(module: ModuleType, how: SamplingArrays) -> Any:
     """Sampling arrays as a build's `step` and `sample` take them."""
     return module.Sampling(*(getattr(how, field.name) for field in dataclasses.fields(SamplingArrays)))
+
+
+def native_logprobs(module: ModuleType, wanted: LogprobArrays) -> Any:
+    """What rows want of log-probabilities as a build's `step` and `logprobs` take it."""
+    return module.Logprobs(wanted.counts, wanted.targets, wanted.tokens, wanted.logprobs, wanted.ranks)
 
 
 def team_layout(module: ModuleType, ranks: Ranks) -> Any:

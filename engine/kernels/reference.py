@@ -22,7 +22,7 @@ from engine.config import BLOCK_SIZE, KV_DTYPES
 from engine.kernels.batch import Float32, Int32, StepBatch, Weights
 from engine.kernels.layout import GROUP, LANES, PackedTensor, dequantize, from_bf16, to_bf16, unpack_matrix
 from engine.kernels.reference_math import exp, fma, gelu_tanh, silu, softcapped, sum_lanes
-from engine.kernels.reference_sampler import sample
+from engine.kernels.reference_sampler import sample, write_logprobs
 from engine.kernels.validate import check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
 
@@ -114,6 +114,10 @@ class ReferenceProgram:
                     batch.logits[...] = logits
                 if batch.sampling is not None:
                     self._chosen = sample(logits, batch.sampling)
+                if batch.logprobs is not None:
+                    given = batch.logprobs.targets
+                    self._chosen = np.where(given >= 0, given, self._chosen)
+                    write_logprobs(logits, self._chosen, batch.logprobs)
         return self._chosen.copy()
 
     def copy_blocks(self, pairs: Int32) -> None:

@@ -6,17 +6,21 @@ sum lies within rounding of a threshold; everywhere else both choose the same to
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.kernels.batch import Float32, Int32, SamplingArrays
-from engine.kernels.reference_math import exp
+from engine.kernels.batch import Float32, Int32, LogprobArrays, SamplingArrays
+from engine.kernels.layout import LANES
+from engine.kernels.reference_math import exp, sum_lanes
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+
+_RUN = 1024  # tokens whose weights are summed in float32
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -99,3 +103,35 @@ def kept_tokens(
     order, weights = order[keep], weights[keep]
     by_id = np.argsort(order)
     return order[by_id], weights[by_id]
+
+
+def write_logprobs(logits: Float32, chosen: Int32, wanted: LogprobArrays) -> None:
+    """Fill the out arrays of `wanted` for rows of raw logits [R, vocab] and their tokens [R], -1 where one has none."""
+    for r, raw in enumerate(logits):
+        if wanted.counts[r] < 0:
+            continue
+        wanted.tokens[r], wanted.logprobs[r], wanted.ranks[r] = -1, -np.inf, 0
+        row = np.where(np.isfinite(raw), raw, np.float32(-np.inf))
+        token, largest = int(chosen[r]), row.max()
+        if token < 0 or not np.isfinite(largest):
+            continue
+        total = log_of_sum(row, largest)
+        order = np.argsort(-row, kind="stable")  # the lower id first among equals
+        finite = order[: np.count_nonzero(np.isfinite(row))]
+        listed = [token, *finite[: int(wanted.counts[r])].tolist()]
+        wanted.tokens[r, : len(listed)] = listed
+        for i, each in enumerate(listed):
+            wanted.logprobs[r, i] = (float(row[each]) - float(largest)) - total
+        if np.isfinite(row[token]):
+            wanted.ranks[r] = 1 + int((order == token).argmax())
+
+
+def log_of_sum(row: Float32, largest: np.float32) -> float:
+    """The natural logarithm of the sum of e^(logit - largest) over a row [vocab], -inf counting nothing."""
+    total = 0.0
+    for begin in range(0, len(row), _RUN):
+        run = row[begin : begin + _RUN]
+        run = np.pad(run, (0, -len(run) % LANES), constant_values=-np.inf)
+        lanes = np.add.accumulate(exp(run - largest).reshape(-1, LANES), axis=0)[-1]  # one after another
+        total += float(sum_lanes(lanes))
+    return math.log(total)

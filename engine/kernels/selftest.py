@@ -24,6 +24,7 @@ from engine.kernels.batch import (
     EncoderProgram,
     Float32,
     Int32,
+    LogprobArrays,
     Program,
     SamplingArrays,
     StepBatch,
@@ -31,11 +32,11 @@ from engine.kernels.batch import (
     Weights,
 )
 from engine.kernels.layout import GROUP, Correction, PackedTensor, pack_bf16, pack_matrix, to_bf16
-from engine.kernels.native import NativeProgram, build, native_matrix, native_sampling
+from engine.kernels.native import NativeProgram, build, native_logprobs, native_matrix, native_sampling
 from engine.kernels.native_encoder import NativeEncoder
 from engine.kernels.reference import ReferenceProgram, kernel_matrix
 from engine.kernels.reference_encoder import ReferenceEncoder
-from engine.kernels.reference_sampler import sample, uniform
+from engine.kernels.reference_sampler import sample, uniform, write_logprobs
 from engine.models.spec import DecoderSpec, EncoderSpec, RopeSpec
 from engine.ranks import Ranks
 
@@ -126,6 +127,7 @@ def self_test(
         *(_checked(f"decoder, {name}", _decoder, isa, create, *fmt) for name, fmt in FORMATS.items()),
         *(_checked(f"encoder, {name}", _encoder, isa, *FORMATS[name]) for name in ("8-bit, minimum", "bfloat16")),
         _checked("sampler", _sampler, module),
+        _checked("log-probabilities", _logprobs, isa, module),
     ]
 
 
@@ -213,6 +215,32 @@ def _sampler(module: ModuleType) -> None:
                 f"temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}, {vocab} tokens: expected "
                 f"{expected.tolist()}, got {got.tolist()}",
             )
+
+
+def _logprobs(isa: str, module: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    for vocab in (1, 17, 1000, 1061):
+        logits = (np.round(rng.normal(size=(6, vocab)) * 12) / 4).astype(np.float32)  # with ties
+        targets = rng.integers(0, vocab, len(logits)).astype(np.int32)
+        expected, got = (logprob_arrays(targets, 20) for _ in range(2))
+        write_logprobs(logits, targets, expected)
+        module.logprobs(logits, native_logprobs(module, got))
+        same = bool((got.tokens == expected.tokens).all() and (got.ranks == expected.ranks).all())
+        _need(same, f"{vocab} tokens: expected {expected.tokens.tolist()}, got {got.tokens.tolist()}")
+        there = expected.tokens >= 0
+        _need_equal(isa, f"{vocab} tokens", expected.logprobs[there], got.logprobs[there], tolerance=1e-5)
+
+
+def logprob_arrays(targets: Int32, most: int) -> LogprobArrays:
+    """Rows that want the `most` best tokens beside their targets."""
+    shape = (len(targets), 1 + most)
+    return LogprobArrays(
+        counts=np.full(len(targets), most, np.int32),
+        targets=targets,
+        tokens=np.zeros(shape, np.int32),
+        logprobs=np.zeros(shape, np.float32),
+        ranks=np.zeros(len(targets), np.int32),
+    )
 
 
 def _logits(program: Program, tokens: Int32, chunk: int) -> Float32:

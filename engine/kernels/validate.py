@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.batch import SamplingArrays, StepBatch, TextBatch, Weights
+from engine.kernels.batch import LogprobArrays, SamplingArrays, StepBatch, TextBatch, Weights
 from engine.kernels.layout import PackedTensor
 from engine.models.spec import DecoderSpec, EncoderSpec
 
@@ -71,6 +71,10 @@ def check_batch(spec: DecoderSpec, batch: StepBatch, num_blocks: int, previous_r
         _check_output("hidden", batch.hidden, (num_rows, spec.hidden_size))
     if batch.sampling is not None:
         _check_sampling(batch.sampling, num_rows, spec.vocab_size)
+    if batch.logprobs is not None:
+        if batch.sampling is None:
+            raise ValueError("logprobs: expected sampling beside them, got none")
+        _check_logprobs(batch.logprobs, num_rows, spec.vocab_size)
 
 
 def check_texts(spec: EncoderSpec, batch: TextBatch, max_tokens: int) -> None:
@@ -197,6 +201,21 @@ def _check_masks(sampling: SamplingArrays, mask_rows: NDArray[np.int32], num_row
         _check_array("masks", sampling.masks, _UINT32, (num_masks, (vocab_size + 31) // 32))
     if sampling.mask_ready is not None:
         _check_array("mask_ready", sampling.mask_ready, _INT32, (num_masks,))
+
+
+def _check_logprobs(wanted: LogprobArrays, num_rows: int, vocab_size: int) -> None:
+    if wanted.tokens.ndim != 2 or wanted.tokens.shape[1] < 1:
+        raise ValueError(
+            f"logprob tokens: expected [{num_rows}, 1 + most of the counts], got {list(wanted.tokens.shape)}"
+        )
+    width = wanted.tokens.shape[1]
+    _check_array("logprob counts", wanted.counts, _INT32, (num_rows,))
+    _check_range("logprob counts", wanted.counts, -1, width)
+    _check_array("logprob targets", wanted.targets, _INT32, (num_rows,))
+    _check_range("logprob targets", wanted.targets, -1, vocab_size)
+    _check_array("logprob tokens", wanted.tokens, _INT32, (num_rows, width))
+    _check_array("logprobs", wanted.logprobs, _FLOAT32, (num_rows, width))
+    _check_array("logprob ranks", wanted.ranks, _INT32, (num_rows,))
 
 
 def _check_ragged(

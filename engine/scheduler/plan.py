@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.request import TokenDelta
+from engine.request import TokenDelta, TokenLogprobs
 from engine.scheduler.sequence import Sequence
 
 
@@ -17,6 +17,10 @@ class Scheduled:
     num_tokens: int
     samples: bool  # the last of them is the sequence's last: this step chooses its next token
     draft: list[int] = field(default_factory=list)  # of num_tokens, those guessed to follow the sequence's last
+    num_scored: int = 0  # of num_tokens, those from seq.num_scored on after which the next prompt token is scored
+    # Filled by the step where they are wanted: of the scored ones, then of the chosen ones.
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
@@ -54,12 +58,16 @@ class Plan:
     items: list[Scheduled] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     num_tokens: int = 0  # over all items
+    num_scored: int = 0  # over all items
     ended: list[TokenDelta] = field(default_factory=list)  # requests that ended without computing (deadlines)
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         start = seq.num_computed
-        self.items.append(Scheduled(seq, start, num_tokens, start + num_tokens == len(seq.tokens)))
+        end = start + num_tokens
+        num_scored = max(0, min(end, seq.num_to_score) - seq.num_scored)
+        self.items.append(Scheduled(seq, start, num_tokens, end == len(seq.tokens), num_scored=num_scored))
         self.num_tokens += num_tokens
+        self.num_scored += num_scored
 
     def guess(self, item: Scheduled, draft: list[int]) -> None:
         """Compute tokens that may follow the last one of a sequence, which `item` samples."""
@@ -72,6 +80,7 @@ class Plan:
         for index, item in enumerate(self.items):
             if item.seq is seq:
                 self.num_tokens -= item.num_tokens
+                self.num_scored -= item.num_scored
                 del self.items[index]
                 return
 

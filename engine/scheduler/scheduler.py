@@ -9,6 +9,8 @@ The rules, in the order they are applied:
   recomputed.
 * A sequence is admitted only if all its tokens fit beside what running ones will soon want: otherwise it would be
   preempted at once.
+* Prompt tokens whose log-probabilities are wanted are computed, also where the prefix cache has them, and few a step:
+  each needs a row of logits.
 * Where a step would compute few tokens, sequences guess what follows and have it computed as well (lookup.py).
 * The first in order can preempt all others and fits alone, so something always advances.
 """
@@ -29,6 +31,9 @@ from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Copy, Plan
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.sequence import Sequence, Status
+
+MAX_SCORED = 128
+"""Prompt tokens of one step that get logits: 25 MB of them with 49,152 tokens of vocabulary, 134 MB with 262,144."""
 
 Propose = Callable[[Sequence, int], list[int]]
 
@@ -184,6 +189,9 @@ class Scheduler:
             position, reason, failed = seq.num_output, None, False
             # Each was chosen after the guesses before it, so it counts as long as those were right.
             for token in chosen[first:num_entered]:
+                if seq.is_full:  # only the prompt was asked for
+                    reason = FinishReason.LENGTH
+                    break
                 if token < 0:  # bias, mask and stop rules left nothing, or the logits were not numbers
                     failed = True
                     break
@@ -196,18 +204,25 @@ class Scheduler:
             if draft:
                 self._judge(seq, len(draft), num_accepted)
             self._computed(seq, item.start + item.num_tokens - len(draft) + num_accepted)
-            if new:
+            if item.num_scored:
+                seq.num_scored += item.num_scored
+                seq.prompt_logprobs += item.prompt_logprobs
+            if new or reason is not None:
                 self.num_output_tokens += len(new)
                 deltas.append(
                     TokenDelta(
                         request_id=seq.request.request_id,
                         position=position,
                         token_ids=new,
+                        logprobs=item.logprobs[: len(new)],
+                        prompt_logprobs=seq.prompt_logprobs,
                         finish_reason=reason,
                         stop_token_id=new[-1] if reason is FinishReason.STOP else None,
                         num_cached_tokens=seq.num_cached_tokens,
                     )
                 )
+                if seq.prompt_logprobs:
+                    seq.prompt_logprobs = []  # the delta has them now
             if reason is not None:
                 self._end(seq)
             elif failed:
@@ -251,6 +266,8 @@ class Scheduler:
                 num_tokens = min(remaining, self.max_num_batched_tokens - plan.num_tokens)
                 if num_tokens == 0:
                     return False
+                if (num_tokens := _scorable(seq, num_tokens, plan)) == 0:
+                    continue
                 num_tokens = self._reserve(seq, num_tokens, plan)
                 if num_tokens:
                     plan.add(seq, num_tokens)
@@ -288,6 +305,10 @@ class Scheduler:
                 return
             hits = self.prefix.lookup(seq.chain, seq.tokens)
             part = self.prefix.lookup_part(seq.chain, seq.tokens, len(hits))
+            if seq.num_scored < seq.num_to_score:  # what is cached has no logits any more
+                if _scorable(seq, 1, plan) == 0:
+                    return
+                hits, part = hits[: seq.num_scored // BLOCK_SIZE], None
             total = num_blocks_for(len(seq.tokens))
             needed = total - len(hits) + sum(self.pool.num_refs(block) == 0 for block in hits) + promised
             if part is not None and not self.pool.can_allocate(needed + (self.pool.num_refs(part[0]) == 0)):
@@ -297,6 +318,7 @@ class Scheduler:
             self._queue.pop()
             self._start(seq, hits, part, plan)
             num_tokens = min(len(seq.tokens) - seq.num_computed, self.max_num_batched_tokens - plan.num_tokens)
+            num_tokens = _scorable(seq, num_tokens, plan)
             plan.add(seq, self._reserve(seq, num_tokens, plan))
             promised += _soon_wanted(seq)
 
@@ -480,6 +502,14 @@ class Scheduler:
 
 def _key(seq: Sequence) -> tuple[int, int]:
     return seq.key
+
+
+def _scorable(seq: Sequence, num_tokens: int, plan: Plan) -> int:
+    """Of the next `num_tokens` tokens, the first so many that leave the step's scored ones within MAX_SCORED."""
+    room = MAX_SCORED - plan.num_scored
+    if seq.num_to_score - seq.num_scored <= room:
+        return num_tokens
+    return min(num_tokens, seq.num_scored - seq.num_computed + room)
 
 
 def _soon_wanted(seq: Sequence) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 from engine.cache.prefix import HashChain, root_digest
-from engine.request import FinishReason, Request
+from engine.request import FinishReason, Request, TokenLogprobs
 from engine.scheduler.lookup import PromptLookup
 
 
@@ -38,6 +38,8 @@ class Sequence:
         "num_computed",
         "num_prompt",
         "num_registered",
+        "num_scored",
+        "prompt_logprobs",
         "request",
         "residency",
         "slot",
@@ -65,6 +67,11 @@ class Sequence:
         self.slot = -1  # row of the runner's tables while running
         self.residency = -1  # unique to each stay in a slot
         self.num_cached_tokens = -1  # prompt tokens found in the prefix cache on first admission; -1: not yet admitted
+        # Tokens from the prompt's first on after which the next one's log-probability is known. A request resumed after
+        # its first token has delivered them all.
+        wants = sampling.prompt_logprobs is not None and not request.output_token_ids
+        self.num_scored = 0 if wants else self.num_to_score
+        self.prompt_logprobs: list[TokenLogprobs] = []  # for the next delta
         self.chain = HashChain(root_digest(salt=request.cache_salt, tenant=request.tenant, adapter=request.adapter))
         self.lookup: PromptLookup | None = None  # from its first guess on
         self.leader: Sequence | None = None  # while HELD: the sequence it waits for
@@ -78,6 +85,16 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt tokens that another one follows."""
+        return self.num_prompt - 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further token fits, however the last one reads: from the start where none was asked for."""
+        return len(self.tokens) >= self.max_len
 
     def guess(self, most: int) -> list[int]:
         """At most `most` tokens that may follow, from the sequence's own text."""
@@ -93,6 +110,6 @@ class Sequence:
         output = self.num_output
         if output > self.request.sampling.min_tokens and self.tokens[-1] in self.stop_token_ids:
             return FinishReason.STOP
-        if len(self.tokens) >= self.max_len:
+        if self.is_full:
             return FinishReason.LENGTH
         return None

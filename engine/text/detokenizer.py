@@ -39,6 +39,8 @@ class Detokenizer:
         self._include_stop = include_stop
         self.num_tokens = 0
         """Tokens pushed until now, or until the stop string was complete: what usage counts."""
+        self.num_characters = 0
+        """Characters of all tokens pushed, given out or not."""
         self.stop_string: str | None = None
         """The stop string that ended the text."""
 
@@ -54,6 +56,7 @@ class Detokenizer:
         if token_id in self._skipped:
             return ""
         text = self._decode(self._pieces[token_id])
+        self.num_characters += len(text)
         return self._release(text) if self._matchers else text
 
     def flush(self) -> str:

@@ -59,6 +59,10 @@ class EncoderText:
         """Raises RequestError: an encoder continues no text."""
         raise RequestError("This model is an encoder: it continues no text.", param="model")
 
+    def token_bytes(self, token_id: int) -> NoReturn:
+        """Raises RequestError as `decode`."""
+        self.decode((token_id,))
+
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary writes it."""
         return [self.tokenizer.id_to_piece(token_id) for token_id in token_ids]

@@ -68,6 +68,10 @@ class ModelText:
         """The text of token ids; special tokens are left out or, without `skip_special`, written as they are."""
         return self.tokenizer.decode(token_ids, skip_special=skip_special)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token contributes to text, maybe part of a character; of a special token how it is written."""
+        return self.tokenizer.pieces[token_id]
+
     def stream(
         self,
         stop: Sequence[str] = (),

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch
+from engine.kernels.batch import Float32, Int32, LogprobArrays, Program, SamplingArrays, StepBatch
+from engine.request import TokenLogprobs
 from engine.sampling.bad_words import BadWords
 from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan, Scheduled
+from engine.scheduler.scheduler import MAX_SCORED
 from engine.scheduler.sequence import Sequence
 
 _INT32_MAX = 2**31 - 1
@@ -59,7 +61,7 @@ class Runner:
         self._query_starts = np.zeros(seqs + 1, np.int32)
         self._seq_lens = np.zeros(seqs, np.int32)
         self._step_tables = np.zeros((1, seqs, blocks), np.int32)
-        rows = seqs + ROWS  # who decodes may have guessed
+        rows = seqs + ROWS + MAX_SCORED  # who decodes may have guessed
         self._logits_rows = np.zeros(rows, np.int32)
         self._step_how = _SamplingRows(rows)
         self._gathered: list[int] = []  # the slots whose rows _step_how holds
@@ -70,7 +72,8 @@ class Runner:
     def run(self, plan: Plan) -> list[int]:
         """Compute the plan; returns the tokens of each of its items that samples (`Scheduled.num_rows`), in order.
 
-        Raises whatever the program raises; the arrays stay usable.
+        Log-probabilities that its sequences want are put on its items. Raises whatever the program raises; the arrays
+        stay usable.
         """
         batch = self._fill(plan.items)
         started = self._clock()
@@ -83,7 +86,7 @@ class Runner:
             self.step_seconds += self._clock() - started
             self.num_steps += 1
         tokens: list[int] = chosen.tolist()
-        return tokens
+        return tokens if batch.logprobs is None else _hand_out(plan, tokens, batch.logprobs)
 
     def _fill(self, items: list[Scheduled]) -> StepBatch:
         """The plan as arrays; they are views of this runner's memory, valid until the next call."""
@@ -94,6 +97,8 @@ class Runner:
         slots: list[int] = []
         logits_rows: list[int] = []
         sampled: list[_Row] = []
+        wanted: list[tuple[int, int]] = []  # of each row, as LogprobArrays has them
+        any_wanted = False
         for item in items:
             seq, start, end = item.seq, item.start, item.start + item.num_tokens
             self._refresh(seq)
@@ -107,11 +112,20 @@ class Runner:
             starts.append(len(token_ids))
             seq_lens.append(end)
             slots.append(seq.slot)
+            if item.num_scored:
+                scored = range(seq.num_scored, seq.num_scored + item.num_scored)
+                logits_rows += [len(token_ids) - item.num_tokens + i - start for i in scored]
+                sampled += [(seq, None)] * item.num_scored
+                wanted += [(seq.request.sampling.prompt_logprobs or 0, seq.tokens[i + 1]) for i in scored]
+                any_wanted = True
             if item.samples:
                 draft, first = item.draft, len(token_ids) - item.num_rows
                 for ahead in range(len(draft) + 1):
                     logits_rows.append(first + ahead)
                     sampled.append((seq, draft[:ahead]))
+                count = seq.request.sampling.logprobs
+                any_wanted |= count is not None
+                wanted += [(-1 if count is None else count, -1)] * item.num_rows
 
         num_tokens, num_seqs, num_rows = len(token_ids), len(slots), len(logits_rows)
         self._token_ids[:num_tokens] = token_ids
@@ -128,6 +142,7 @@ class Runner:
             block_tables=self._step_tables[:, :num_seqs],
             logits_rows=self._logits_rows[:num_rows],
             sampling=self._sampling(sampled) if sampled else None,
+            logprobs=_logprob_arrays(wanted) if any_wanted else None,
         )
 
     def _refresh(self, seq: Sequence) -> None:
@@ -149,7 +164,7 @@ class Runner:
         if numbers != self._gathered:
             how.gather(self._how, numbers)
             self._gathered = numbers
-        self._position[:num_rows] = [len(seq.tokens) + len(ahead) for seq, ahead in rows]
+        self._position[:num_rows] = [len(seq.tokens) + len(ahead or ()) for seq, ahead in rows]
         slots = [self._slots[number] for number in numbers]
         plain = not any(slot.penalized or slot.biased for slot in slots)
         if plain and num_rows in self._plain:
@@ -162,7 +177,10 @@ class Runner:
             history_tokens = np.concatenate(histories)
             history_starts = _starts(histories)
             # A row without penalties has an empty history; any place within it will do as its output's start.
-            prompts = [seq.num_prompt if slot.penalized else 0 for slot, (seq, _) in zip(slots, rows, strict=True)]
+            prompts = [
+                seq.num_prompt if slot.penalized and ahead is not None else 0
+                for slot, (seq, ahead) in zip(slots, rows, strict=True)
+            ]
             history_output_starts = history_starts[:-1] + np.array(prompts, np.int32)
 
         bias_starts, bias_tokens, bias_values = self._no_starts, _NO_INTS, _NO_FLOATS
@@ -195,8 +213,8 @@ class Runner:
         return arrays
 
 
-_Row = tuple[Sequence, list[int]]
-"""One token to choose: of a sequence, after these tokens that were guessed to follow."""
+_Row = tuple[Sequence, list[int] | None]
+"""One token to choose: of a sequence, after these tokens that were guessed to follow; None: it is given."""
 
 
 class _SamplingRows:
@@ -283,9 +301,9 @@ class _Slot:
             self._bias, self._early_bias = _joined(others, self._bias), _joined(others, self._early_bias)
         self.biased = len(self._bias[0]) + len(self._early_bias[0]) > 0 or bool(sampling.bad_words)
 
-    def history_of(self, seq: Sequence, ahead: list[int]) -> Int32:
+    def history_of(self, seq: Sequence, ahead: list[int] | None) -> Int32:
         """Every token of the sequence and those guessed to follow, int32, where penalties read them; else empty."""
-        if not self.penalized:
+        if not self.penalized or ahead is None:
             return _NO_INTS
         have, want = self._num_history, len(seq.tokens)
         if want > len(self._history):
@@ -297,14 +315,50 @@ class _Slot:
         history = self._history[:want]
         return np.concatenate([history, np.array(ahead, np.int32)]) if ahead else history
 
-    def bias_of(self, seq: Sequence, ahead: list[int]) -> tuple[Int32, Float32]:
+    def bias_of(self, seq: Sequence, ahead: list[int] | None) -> tuple[Int32, Float32]:
         """Token ids and what is added to their logits; until min_tokens, whatever would stop is forbidden.
 
         So is what would complete a bad word. A token may come more than once: each value is added.
         """
+        if ahead is None:
+            return _NO_INTS, _NO_FLOATS
         bias = self._early_bias if seq.num_output + len(ahead) < seq.request.sampling.min_tokens else self._bias
         completing = self._bad_words.completing(seq.tokens, seq.num_prompt, ahead)
         return _joined(bias, _bias_arrays(dict.fromkeys(completing, -np.inf))) if completing else bias
+
+
+def _logprob_arrays(wanted: list[tuple[int, int]]) -> LogprobArrays:
+    """Arrays for rows that want so many of the largest (-1: nothing) of a given token (-1: of the chosen one)."""
+    counts, targets = (np.array(each, np.int32) for each in zip(*wanted, strict=True))
+    shape = (len(wanted), 1 + max(0, int(counts.max())))
+    return LogprobArrays(
+        counts=counts,
+        targets=targets,
+        tokens=np.empty(shape, np.int32),
+        logprobs=np.empty(shape, np.float32),
+        ranks=np.empty(len(wanted), np.int32),
+    )
+
+
+def _hand_out(plan: Plan, chosen: list[int], arrays: LogprobArrays) -> list[int]:
+    """Give the plan's items their rows' log-probabilities; returns the tokens of the rows that were not given them."""
+    counts, ranks = arrays.counts.tolist(), arrays.ranks.tolist()
+    ids, logprobs = arrays.tokens.tolist(), arrays.logprobs.tolist()
+
+    def row(r: int) -> TokenLogprobs:
+        top = zip(ids[r][1 : 1 + counts[r]], logprobs[r][1 : 1 + counts[r]], strict=True)
+        return TokenLogprobs(chosen[r], logprobs[r][0], ranks[r], [pair for pair in top if pair[0] >= 0])
+
+    tokens: list[int] = []
+    at = 0
+    for item in plan.items:
+        item.prompt_logprobs = [row(r) for r in range(at, at + item.num_scored)]
+        at += item.num_scored
+        if item.num_rows and counts[at] >= 0:
+            item.logprobs = [row(r) for r in range(at, at + item.num_rows)]
+        tokens += chosen[at : at + item.num_rows]
+        at += item.num_rows
+    return tokens
 
 
 def _bias_arrays(bias: dict[int, float]) -> tuple[Int32, Float32]:

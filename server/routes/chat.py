@@ -8,10 +8,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.admission import Principal
+from server.generation import Piece
 from server.kinds import Kind
 from server.routes.body import read_body
 from server.routes.service import Service, answer_id, principal_of, service_of
 from server.schemas.chat import AnswerMessage, ChatChoice, ChatChunks, ChatCompletion, ChatCompletionRequest
+from server.schemas.common import NO_DETAILS, TokenDetails
+from server.schemas.logprobs import LogprobWriter
 from server.streaming import EventStream
 
 router = APIRouter()
@@ -31,6 +34,7 @@ async def create_chat_completion(
     prompt = await service.encode_chat(model, messages, body.template_arguments())
     id, created = answer_id("chatcmpl"), int(time.time())
     choices = service.choices(model, body, [prompt], answer_id=id, principal=principal, param="messages")
+    writer = LogprobWriter(model.text, as_ids=bool(body.return_tokens_as_token_ids))
     if body.stream:
         encoder = ChatChunks(
             id=id,
@@ -39,7 +43,16 @@ async def create_chat_completion(
             fingerprint=service.fingerprint(model),
             with_usage=body.include_usage,
         )
-        events = service.events(model, choices, request, encoder, body)
+
+        def details(piece: Piece) -> TokenDetails:
+            if not (body.logprobs or body.return_token_ids):
+                return NO_DETAILS
+            return TokenDetails(
+                logprobs=writer.chat(piece.tokens) if body.logprobs else None,
+                token_ids=piece.token_ids if body.return_token_ids else None,
+            )
+
+        events = service.events(model, choices, request, encoder, body, details=details)
         return EventStream(events, headers=headers, request_id=request.state.request_id)
     answers, usage = await service.whole(model, choices, request)
     answer = ChatCompletion(
@@ -48,9 +61,19 @@ async def create_chat_completion(
         model=body.model,
         system_fingerprint=service.fingerprint(model),
         choices=[
-            ChatChoice(index=i, message=AnswerMessage(content=one.text), finish_reason=one.finish_reason)
+            ChatChoice(
+                index=i,
+                message=AnswerMessage(content=one.text),
+                logprobs=writer.chat(one.tokens) if body.logprobs else None,
+                finish_reason=one.finish_reason,
+                token_ids=one.token_ids if body.return_token_ids else None,
+            )
             for i, one in enumerate(answers)
         ],
         usage=usage,
+        prompt_logprobs=None
+        if body.prompt_logprobs is None
+        else writer.prompt(answers[0].prompt_logprobs, body.prompt_logprobs),
+        prompt_token_ids=prompt if body.return_token_ids else None,
     )
     return Response(answer.model_dump_json(), headers=headers, media_type="application/json")

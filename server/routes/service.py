@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request as HTTPRequest
@@ -22,17 +23,29 @@ from engine.text import EncoderText
 from engine.text.stand_ins import strings_in
 from server.admission import Principal
 from server.errors import ClientDisconnectedError, ModelNotFoundError, NotReadyError
-from server.generation import Answer, Choice, Generation
+from server.generation import Answer, Choice, Generation, Piece
 from server.kinds import Kind, need_kind
 from server.loading import Loader
 from server.metrics import Metrics
 from server.registry import Registry, ServedModel
-from server.schemas.common import ChunkEncoder, GenerationBody, Usage, concrete_seed
+from server.schemas.common import (
+    NO_DETAILS,
+    ChunkEncoder,
+    GenerationBody,
+    TokenDetails,
+    Usage,
+    concrete_seed,
+)
 from server.settings import Settings, version
 from server.streaming import DONE, KEEP_ALIVE
 
 LONG_TEXT = 16_384
 """Characters (or tokens, the other way) above which tokenizing leaves the event loop, which streams wait for."""
+
+
+def without_details(_: Piece) -> TokenDetails:
+    """What a chunk says of its tokens unless the request asks."""
+    return NO_DETAILS
 
 
 def _draw_seed() -> int:
@@ -214,12 +227,15 @@ class Service:
             room = known.max_model_len - len(prompt)
             if room < 1:
                 raise ContextLengthError(max_model_len=known.max_model_len, num_tokens=len(prompt), param=param)
-            max_tokens = min(body.asked_max_tokens or usual or room, room)
+            asked = body.asked_max_tokens
+            max_tokens = min((usual or room) if asked is None else asked, room)
             sampling = body.sampling(
                 max_tokens=max_tokens, vocab_size=known.vocab_size, defaults=defaults, bad_words=bad_words
             )
             for c in range(body.num_choices):
                 index = p * body.num_choices + c
+                if c > 0 and not body.stream:  # a whole answer takes the prompt's from the first choice
+                    sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
                 request = Request(
                     request_id=f"{answer_id}-{index}",
                     model=known.model,
@@ -239,7 +255,7 @@ class Service:
                     include_stop=sampling.include_stop_str_in_output,
                     skip_special=sampling.skip_special_tokens,
                 )
-                choices.append(Choice(index, request, stream))
+                choices.append(Choice(index, request, stream, keeps_token_ids=bool(body.return_token_ids)))
         return choices
 
     @asynccontextmanager
@@ -262,9 +278,7 @@ class Service:
         async with self.generate(model, choices, http) as generation:
             while not generation.is_done():
                 for piece in await generation.pieces():
-                    answer = answers[piece.index]
-                    answer.text += piece.text
-                    answer.finish_reason = piece.finish_reason or answer.finish_reason
+                    answers[piece.index].add(piece)
             return answers, generation.usage()
 
     async def events(
@@ -275,8 +289,12 @@ class Service:
         encoder: ChunkEncoder,
         body: GenerationBody,
         preludes: Sequence[str] = (),
+        *,
+        prelude_details: Callable[[Piece], TokenDetails] = without_details,
+        details: Callable[[Piece], TokenDetails] = without_details,
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events of streamed answers. `preludes`, by index, is text that comes before a choice's own."""
+        """Server-sent events of streamed answers. `preludes`, by index, is text that comes before a choice's own;
+        `prelude_details`, of a choice's first piece, and `details` are what chunks say of tokens."""
         interval = self.settings.keep_alive_interval
         begun: set[int] = set()
         async with self.generate(model, choices, http) as generation:
@@ -287,11 +305,13 @@ class Service:
                 for piece in pieces:
                     if piece.index not in begun:
                         begun.add(piece.index)
-                        frames.append(encoder.start(piece.index, usage))
+                        prompt = choices[piece.index].request.prompt_token_ids if body.return_token_ids else None
+                        frames.append(encoder.start(piece.index, usage, prompt))
                         if preludes:
-                            frames.append(encoder.text(piece.index, preludes[piece.index], usage))
-                    if piece.text:
-                        frames.append(encoder.text(piece.index, piece.text, usage))
+                            prelude = preludes[piece.index]
+                            frames.append(encoder.text(piece.index, prelude, usage, prelude_details(piece)))
+                    if piece.text or piece.tokens or piece.token_ids:
+                        frames.append(encoder.text(piece.index, piece.text, usage, details(piece)))
                     if piece.finish_reason is not None:
                         frames.append(encoder.finish(piece.index, piece.finish_reason, usage))
                 if generation.is_done():

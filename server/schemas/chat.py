@@ -8,9 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from engine.errors import RequestError
-from server.schemas.common import Body, ChunkEncoder, GenerationBody, Usage
+from engine.request import MAX_LOGPROBS
+from server.schemas.common import NO_DETAILS, Body, ChunkEncoder, GenerationBody, TokenDetails, Usage, is_none
 from server.schemas.conversation import MAX_TOOL_CALLS, TemplateBody, ToolCall
 from server.schemas.fields import CHAT_FIELDS, MESSAGE_FIELDS, Inspection, Table, inspect
+from server.schemas.logprobs import ChatLogprobs, PromptLogprobs
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -116,8 +118,19 @@ class ChatCompletionRequest(GenerationBody, TemplateBody):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens, over which it wins.")
 
+    logprobs: bool | None = Field(None, description="Give log-probabilities of the answer's tokens.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="With each token those of so many of the most likely ones."
+    )
+
     def inspect(self) -> Inspection:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: set it to true.", param="top_logprobs")
         return super().inspect() + inspect_messages(self.messages)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def asked_max_tokens(self) -> int | None:
@@ -137,8 +150,9 @@ class AnswerMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"]
+    token_ids: list[int] | None = Field(None, exclude_if=is_none, description="With return_token_ids.")
 
 
 class ChatCompletion(BaseModel):
@@ -152,6 +166,8 @@ class ChatCompletion(BaseModel):
     service_tier: Literal["default"] = "default"
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = Field(None, exclude_if=is_none)
+    prompt_token_ids: list[int] | None = Field(None, exclude_if=is_none, description="With return_token_ids.")
 
 
 class ChatChunks(ChunkEncoder):
@@ -160,13 +176,14 @@ class ChatChunks(ChunkEncoder):
     object = "chat.completion.chunk"
     constants = {"service_tier": "default"}
 
-    def start(self, index: int, usage: Usage | None = None) -> bytes:
+    def start(self, index: int, usage: Usage | None = None, prompt_token_ids: list[int] | None = None) -> bytes:
         choice = b'{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,' % index
-        return self._head + choice + b'"finish_reason":null}' + self._end(usage)
+        prompt = b"" if prompt_token_ids is None else b',"prompt_token_ids":' + self._encode(prompt_token_ids)
+        return self._head + choice + b'"finish_reason":null}]' + prompt + self._end(usage)[1:]
 
-    def text(self, index: int, text: str, usage: Usage | None = None) -> bytes:
-        choice = b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
-        return self._head + choice % (index, self._encode(text)) + self._end(usage)
+    def text(self, index: int, text: str, usage: Usage | None = None, details: TokenDetails = NO_DETAILS) -> bytes:
+        choice = b'{"index":%d,"delta":{"content":%b},%b"finish_reason":null}'
+        return self._head + choice % (index, self._encode(text), self._details(details)) + self._end(usage)
 
     def finish(self, index: int, reason: str, usage: Usage | None = None) -> bytes:
         choice = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}'

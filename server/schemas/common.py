@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from engine.errors import RequestError
-from engine.request import MAX_ALLOWED_TOKENS, SamplingParams
+from engine.request import MAX_ALLOWED_TOKENS, MAX_LOGPROBS, SamplingParams
 from server.schemas.fields import STREAM_OPTION_FIELDS, Inspection, Table, inspect
 
 MAX_CHOICES = 128
@@ -97,6 +98,13 @@ class GenerationBody(RequestBody):
     frequency_penalty: float | None = Field(None, description="-2 to 2, for each time that the answer has a token.")
     repetition_penalty: float | None = Field(None, description="Above 0, at most 10; of prompt and answer. 1: off.")
     logit_bias: LogitBias = Field(None, description="-100 to 100 for token ids.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="With the prompt's tokens how likely they were, and so many others."
+    )
+    return_token_ids: bool | None = Field(None, description="Token ids of the prompt and of the answer beside text.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Log-probabilities name tokens as token_id:7 instead of by their text."
+    )
     bad_words: list[BadWord] | None = Field(
         None, max_length=MAX_BAD_WORDS, description="Texts that the answer may not hold, as tokens write them."
     )
@@ -124,6 +132,8 @@ class GenerationBody(RequestBody):
             if not self.stream and (self.stream_options.include_usage or self.stream_options.continuous_usage_stats):
                 raise RequestError("stream_options asks for usage in a stream: stream must be true.", param="stream")
             found += inspect(STREAM_OPTION_FIELDS, self.stream_options.model_extra or {}, "stream_options.")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs are not part of streams: leave stream out.", param="prompt_logprobs")
         return found
 
     @property
@@ -133,6 +143,16 @@ class GenerationBody(RequestBody):
     @property
     def asked_max_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Most likely tokens whose log-probabilities each token of an answer gets; None: without, its own neither."""
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return self.prompt_logprobs
 
     @property
     def include_usage(self) -> bool:
@@ -195,6 +215,8 @@ class GenerationBody(RequestBody):
             ignore_eos=bool(self.ignore_eos),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
         )
         sampling.validate()
         return sampling
@@ -212,6 +234,11 @@ def need_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
             raise RequestError(
                 f"{param} holds token id {token_id}, and the model's vocabulary is 0 to {vocab_size - 1}.", param=param
             )
+
+
+def is_none(value: object) -> bool:
+    """Of fields of an answer that are left out unless they were asked for."""
+    return value is None
 
 
 class PromptTokensDetails(BaseModel):
@@ -234,6 +261,17 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usa
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetails:
+    """What a chunk says of the tokens behind its text, where a request asks for it."""
+
+    logprobs: Any = None  # in the shape of the endpoint
+    token_ids: list[int] | None = None
+
+
+NO_DETAILS = TokenDetails()
 
 
 class ChunkEncoder:
@@ -259,11 +297,11 @@ class ChunkEncoder:
         self._tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"
         self._encode = msgspec.json.Encoder().encode
 
-    def start(self, index: int, usage: Usage | None = None) -> bytes:
+    def start(self, index: int, usage: Usage | None = None, prompt_token_ids: list[int] | None = None) -> bytes:
         """What comes before a choice's text; may be nothing."""
         raise NotImplementedError
 
-    def text(self, index: int, text: str, usage: Usage | None = None) -> bytes:
+    def text(self, index: int, text: str, usage: Usage | None = None, details: TokenDetails = NO_DETAILS) -> bytes:
         """More text of a choice."""
         raise NotImplementedError
 
@@ -274,6 +312,13 @@ class ChunkEncoder:
     def usage(self, usage: Usage) -> bytes:
         """The last chunk of a stream with `include_usage`: no choices."""
         return self._head + self._end(usage)
+
+    def _details(self, details: TokenDetails) -> bytes:
+        """Fields of a choice; nearly always those without details."""
+        if details is NO_DETAILS:
+            return b'"logprobs":null,'
+        token_ids = b"" if details.token_ids is None else b'"token_ids":' + self._encode(details.token_ids) + b","
+        return b'"logprobs":' + self._encode(details.logprobs) + b"," + token_ids
 
     def _end(self, usage: Usage | None) -> bytes:
         return b"]" + (self._tail if usage is None else b',"usage":' + usage.model_dump_json().encode() + b"}\n\n")

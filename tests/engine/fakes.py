@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.batch import Int32, StepBatch
+from engine.kernels.batch import Int32, LogprobArrays, StepBatch
 from engine.kernels.validate import check_batch
 from engine.models.spec import DecoderSpec, RopeSpec
 from engine.request import Request, SamplingParams
@@ -72,7 +72,10 @@ class FakeProgram:
             position = int(batch.positions[index])
             table = tables[owners[index], : position // BLOCK_SIZE + 1]
             context = self._memory[table].reshape(-1)[: position + 1].tolist()
-            chosen.append(self._sample(batch, row, context))
+            given = -1 if batch.logprobs is None else int(batch.logprobs.targets[row])
+            chosen.append(given if given >= 0 else self._sample(batch, row, context))
+            if batch.logprobs is not None and batch.logprobs.counts[row] >= 0:
+                score(batch.logprobs, row, context, chosen[-1])
         return np.array(chosen, np.int32)
 
     def _sample(self, batch: StepBatch, row: int, context: list[int]) -> int:
@@ -101,6 +104,18 @@ class FakeProgram:
 
     def close(self) -> None:
         self.closed = True
+
+
+def score(wanted: LogprobArrays, row: int, context: list[int], token: int) -> None:
+    """Log-probabilities of a row: a hash of all they may depend on."""
+    wanted.tokens[row] = [token, *range(wanted.tokens.shape[1] - 1)]
+    wanted.logprobs[row] = [expected_logprob(context, each) for each in wanted.tokens[row].tolist()]
+    wanted.ranks[row] = 1 + token
+
+
+def expected_logprob(context: list[int], token: int) -> float:
+    digest = hashlib.sha256(repr((context, token)).encode()).digest()
+    return -(int.from_bytes(digest[:2], "little") / 1024)
 
 
 def expected_output(

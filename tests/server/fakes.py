@@ -162,11 +162,13 @@ class FakeStream:
         self._min_tokens = min_tokens
         self._held = ""
         self._num_tokens = 0
+        self.num_characters = 0
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         self._num_tokens += 1
         self._held += chr(token_id)
+        self.num_characters += 1
         if self._num_tokens > self._min_tokens:
             for stop in self._stop:
                 if (at := self._held.find(stop)) >= 0:
@@ -194,6 +196,9 @@ class FakeText:
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         return "".join(chr(token_id) for token_id in token_ids if token_id > BOS or not skip_special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
 
     def stream(
         self, stop: Sequence[str], min_tokens: int, *, include_stop: bool = False, skip_special: bool = True

@@ -95,7 +95,7 @@ BODIES: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, completion([VOCAB_SIZE]), "prompt", f"token id {VOCAB_SIZE}"),
     (COMPLETIONS, completion([[1], [-5]]), "prompt", "token id -5"),
     (COMPLETIONS, completion(["a"] * 65, n=2), "prompt", "at most 128, got 130"),
-    (COMPLETIONS, completion(logprobs=0), "logprobs", "not supported"),
+    (COMPLETIONS, completion(logprobs=21), "logprobs", "got 21"),
     (COMPLETIONS, completion(suffix="x"), "suffix", "not supported"),
     (COMPLETIONS, completion(best_of=2), "best_of", "not supported"),
 ]

@@ -116,7 +116,6 @@ async def test_refused_fields(client: Client, engine: FakeEngine, name: str, fie
     "no_op",
     [
         {"logprobs": 0},
-        {"logprobs": True},
         {"top_logprobs": False},
         {"tools": [{"type": "function"}]},
         {"tool_choice": "required"},

@@ -66,6 +66,14 @@ bool fits(const Step& step, const StepLimits& limits) {
     return true;
 }
 
+bool fits(const Logprobs& wanted, int rows, int vocab) {
+    for (int r = 0; r < rows; ++r) {
+        if (!within(wanted.counts[r], -1, int64_t{wanted.most} + 1) || !within(wanted.targets[r], -1, vocab))
+            return false;
+    }
+    return true;
+}
+
 // Comparisons are written so that NaN fails them.
 bool fits(const Sampling& how, int rows, int vocab, const SamplingSizes& sizes) {
     for (int r = 0; r < rows; ++r) {

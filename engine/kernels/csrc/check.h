@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "logprobs.h"
 #include "sampler.h"
 #include "step.h"
 
@@ -17,6 +18,9 @@ struct StepLimits {
 
 // The counts of `step` are those of its arrays; query_starts has one more than requests. Sampling is apart.
 bool fits(const Step& step, const StepLimits& limits);
+
+// What `rows` rows want of log-probabilities; out arrays are not looked at.
+bool fits(const Logprobs& wanted, int rows, int vocab);
 
 // Sizes of the arrays whose lengths their starts tell.
 struct SamplingSizes {

@@ -141,6 +141,10 @@ void Decoder::prepare(const Step& step) {
         sampling_ = *step.sampling;
         step_.sampling = &sampling_;
     }
+    if (step.logprobs) {
+        logprobs_ = *step.logprobs;
+        step_.logprobs = &logprobs_;
+    }
     // A norm that changes the residual stream must happen once.
     own_activations_ = step.num_tokens <= kOwnRows && !post_norms_ && s.num_experts == 0;
     const int64_t choices = tokens * s.experts_per_token;
@@ -174,7 +178,7 @@ void Decoder::prepare(const Step& step) {
     takes_best_.assign(static_cast<size_t>(rows), 0);
     if (rows > 0 && !step.logits && step.sampling) {
         for (int r = 0; r < rows; ++r)
-            takes_best_[r] = takes_best(*step.sampling, r);
+            takes_best_[r] = takes_best(*step.sampling, r) && !(step.logprobs && step.logprobs->wants(r));
         // Not a multiple of a page apart, where a strip of many rows would share a few lines of the caches.
         logits_stride_ = ceil_div(s.vocab, kPageFloats) * static_cast<int64_t>(kPageFloats) + kPageFloats / 16;
         grow(logits_, rows * logits_stride_);
@@ -582,7 +586,8 @@ void Decoder::final_row(int row, int thread) {
 }
 
 void Decoder::sample(int row, int thread) {
-    if (takes_best_[row]) {
+    const int32_t given = step_.logprobs ? step_.logprobs->targets[row] : -1;
+    if (takes_best_[row] && given < 0) {
         Best best;
         for (int t = 0; t < team_.size(); ++t) {
             const Best& of_thread = bests_[static_cast<size_t>(t) * step_.num_rows + row];
@@ -592,8 +597,11 @@ void Decoder::sample(int row, int thread) {
         step_.chosen[row] = best.token;
         return;
     }
-    const float* logits = step_.logits ? step_.logits : logits_.data();
-    step_.chosen[row] = sample_row(*step_.sampling, row, logits + row * logits_stride_, shape_.vocab, sampler_[thread]);
+    const float* logits = (step_.logits ? step_.logits : logits_.data()) + row * logits_stride_;
+    int32_t& chosen = step_.chosen[row];
+    chosen = given >= 0 ? given : sample_row(*step_.sampling, row, logits, shape_.vocab, sampler_[thread]);
+    if (step_.logprobs && step_.logprobs->wants(row))
+        write_logprobs(*step_.logprobs, row, chosen, logits, shape_.vocab);
 }
 
 } // namespace seraph

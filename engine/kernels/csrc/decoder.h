@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "logprobs.h"
 #include "matmul.h"
 #include "pages.h"
 #include "sampler.h"
@@ -177,6 +178,7 @@ class Decoder {
     // Of the step that runs.
     Step step_{};
     Sampling sampling_{};
+    Logprobs logprobs_{};
     const int32_t* previous_ = nullptr;
     bool own_activations_ = false; // few rows: each thread makes a projection's input for itself, a phase is saved
     std::vector<Team::Work> work_; // [phases]

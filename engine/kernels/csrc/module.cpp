@@ -25,6 +25,7 @@
 #include "decoder.h"
 #include "encoder.h"
 #include "gather.h"
+#include "logprobs.h"
 #include "matmul.h"
 #include "probe.h"
 #include "sampler.h"
@@ -123,6 +124,30 @@ struct PySampling {
     }
 };
 
+// LogprobArrays, in the order of its fields.
+struct PyLogprobs {
+    Ints counts, targets;
+    Array<int32_t> tokens;
+    Array<float> logprobs;
+    Array<int32_t> ranks;
+
+    Logprobs view() const {
+        return {tokens.ndim() == 2 ? static_cast<int>(tokens.shape(1)) - 1 : -1,
+                counts.data(),
+                targets.data(),
+                tokens.data(),
+                logprobs.data(),
+                ranks.data()};
+    }
+
+    bool fits(int rows, int vocab) const {
+        const Logprobs wanted = view();
+        return wanted.most >= 0 && shaped(counts, rows) && shaped(targets, rows) &&
+               shaped(tokens, rows, 1 + wanted.most) && shaped(logprobs, rows, 1 + wanted.most) &&
+               shaped(ranks, rows) && seraph::fits(wanted, rows, vocab);
+    }
+};
+
 // Of a thread that has stalled: its rank, its number there, the phase that waits for it, seconds.
 std::optional<std::tuple<int, int, std::string, double>> told(const std::optional<Stalled>& stalled) {
     if (!stalled)
@@ -202,7 +227,7 @@ class Program {
 
     // False, and nothing is written, for what check_batch in engine/kernels/validate.py refuses.
     bool step(Ints token_ids, Ints positions, Ints query_starts, Ints seq_lens, Ints block_tables, Ints logits_rows,
-              bool causal, const PySampling* sampling, std::optional<Array<float>> logits,
+              bool causal, const PySampling* sampling, const PyLogprobs* wanted, std::optional<Array<float>> logits,
               std::optional<Array<float>> hidden, Array<int32_t> chosen) {
         Decoder& decoder = open();
         Step step{};
@@ -228,16 +253,23 @@ class Program {
             how = sampling->view();
             step.sampling = &how;
         }
+        Logprobs logprobs{};
+        if (wanted) {
+            logprobs = wanted->view();
+            step.logprobs = &logprobs;
+        }
         step.logits = logits ? logits->data() : nullptr;
         step.hidden = hidden ? hidden->data() : nullptr;
         step.chosen = chosen.data();
         nb::gil_scoped_release release;
         const StepLimits limits{shape_.vocab, static_cast<int>(ropes_.front().first.shape(0)), num_blocks_,
                                 static_cast<int>(previous_.size())};
-        if (!fits(step, limits) || (sampling && !sampling->fits(step.num_rows, shape_.vocab)))
+        if (!fits(step, limits) || (sampling && !sampling->fits(step.num_rows, shape_.vocab)) ||
+            (wanted && !(sampling && wanted->fits(step.num_rows, shape_.vocab))))
             return false;
         guard([&] { decoder.run(step, previous_.data()); }, token_ids, positions, query_starts, seq_lens, block_tables,
-              logits_rows, logits, hidden, chosen, sampling ? std::optional(*sampling) : std::nullopt);
+              logits_rows, logits, hidden, chosen, sampling ? std::optional(*sampling) : std::nullopt,
+              wanted ? std::optional(*wanted) : std::nullopt);
         previous_.assign(step.chosen, step.chosen + (sampling ? step.num_rows : 0));
         return true;
     }
@@ -494,6 +526,20 @@ void sample(Floats logits, const PySampling& how, Array<int32_t> chosen) {
     }
 }
 
+// Log-probabilities of rows of logits float32 [rows, vocab]; every row's token must be given.
+void logprobs(Floats logits, const PyLogprobs& wanted) {
+    const int rows = static_cast<int>(wanted.counts.size());
+    if (logits.ndim() != 2 || !wanted.fits(rows, static_cast<int>(logits.shape(1))) ||
+        logits.shape(0) != static_cast<size_t>(rows))
+        throw std::invalid_argument("logprobs: shapes do not fit");
+    const int vocab = static_cast<int>(logits.shape(1));
+    const Logprobs view = wanted.view();
+    for (int r = 0; r < rows; ++r) {
+        if (view.wants(r))
+            write_logprobs(view, r, view.targets[r], logits.data() + static_cast<int64_t>(r) * vocab, vocab);
+    }
+}
+
 // Seconds that a team of `threads` needs for `turns` projections of m rows, cycling through `copies` matrices that lie
 // one after another in `packed`.
 double time_matmul(const PackedMatrix& packed, int copies, int m, int turns, int threads) {
@@ -551,6 +597,10 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("bias_tokens").noconvert(), nb::arg("bias_values").noconvert(),
              nb::arg("mask_rows").noconvert().none(), nb::arg("masks").noconvert().none(),
              nb::arg("mask_ready").noconvert().none());
+    nb::class_<PyLogprobs>(m, "Logprobs")
+        .def(nb::init<Ints, Ints, Array<int32_t>, Array<float>, Array<int32_t>>(), nb::arg("counts").noconvert(),
+             nb::arg("targets").noconvert(), nb::arg("tokens").noconvert(), nb::arg("logprobs").noconvert(),
+             nb::arg("ranks").noconvert());
     nb::exception<Stalled>(m, "Stalled", PyExc_RuntimeError);
     nb::class_<TeamLayout>(m, "TeamLayout")
         .def(nb::init<std::vector<int>, std::vector<std::vector<int>>, double, int>(), nb::arg("threads"),
@@ -566,7 +616,8 @@ NB_MODULE(SERAPH_MODULE, m) {
         .def("step", &Program::step, nb::arg("token_ids").noconvert(), nb::arg("positions").noconvert(),
              nb::arg("query_starts").noconvert(), nb::arg("seq_lens").noconvert(), nb::arg("block_tables").noconvert(),
              nb::arg("logits_rows").noconvert(), nb::arg("causal"), nb::arg("sampling").none(),
-             nb::arg("logits").noconvert().none(), nb::arg("hidden").noconvert().none(), nb::arg("chosen").noconvert())
+             nb::arg("logprobs").none(), nb::arg("logits").noconvert().none(), nb::arg("hidden").noconvert().none(),
+             nb::arg("chosen").noconvert())
         .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
         .def("profile", &Program::profile, nb::arg("on"))
         .def("phase_seconds", &Program::phase_seconds)
@@ -596,6 +647,7 @@ NB_MODULE(SERAPH_MODULE, m) {
         .def("close", &EncoderProgram::close, nb::call_guard<nb::gil_scoped_release>());
     m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
     m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"));
+    m.def("logprobs", &logprobs, nb::arg("logits"), nb::arg("wanted"));
     m.def("time_matmul", &time_matmul, nb::arg("matrix"), nb::arg("copies"), nb::arg("m"), nb::arg("turns"),
           nb::arg("threads"));
     m.def("time_gather", &time_gather, nb::arg("bytes"), nb::arg("layout"), nb::arg("turns"),

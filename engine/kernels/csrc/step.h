@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "logprobs.h"
 #include "sampler.h"
 
 namespace seraph {
@@ -16,6 +17,7 @@ struct Step {
     float* logits;            // null or [num_rows, vocab]
     float* hidden;            // null or [num_rows, hidden]
     int32_t* chosen;          // [num_rows], written where sampling is given
+    const Logprobs* logprobs; // null: none are wanted; never without sampling
 };
 
 constexpr int ceil_div(int a, int b) {

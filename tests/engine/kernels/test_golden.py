@@ -17,7 +17,9 @@ from benchmarks.perplexity import perplexity, windows_nll
 from engine.config import KV_DTYPES, available_cpus
 from engine.kernels import available_isas
 from engine.kernels.batch import Float32, Program
+from engine.kernels.native import build, native_logprobs
 from engine.kernels.reference import ReferenceProgram
+from engine.kernels.selftest import logprob_arrays
 from engine.models.spec import DecoderSpec
 from engine.weights import PackedModel, load_model
 from engine.weights.tensor_types import FLOAT_TYPES, QUANTIZED_TYPES
@@ -153,6 +155,18 @@ def test_default_float32_reference(default_exact_logits: Float32, default_golden
     logsumexp = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
     np.testing.assert_allclose(top, default_golden["top_logits"], atol=2e-3)
     np.testing.assert_allclose(logsumexp, default_golden["logsumexp"], atol=2e-3)
+
+
+def test_default_logprobs(default_exact_logits: Float32, default_golden: Arrays) -> None:
+    """Every build's log-probabilities of the 20 likeliest tokens at every position, in float32 until there."""
+    expected = (default_golden["top_logits"] - default_golden["logsumexp"][:, None])[:, :20]
+    targets = default_golden["top_ids"][:, 19].astype(np.int32)
+    for isa in available_isas():
+        module, wanted = build(isa), logprob_arrays(targets, 20)
+        assert module is not None
+        module.logprobs(default_exact_logits, native_logprobs(module, wanted))
+        np.testing.assert_allclose(wanted.logprobs[:, 1:], expected, atol=2e-3)
+        np.testing.assert_allclose(wanted.logprobs[:, 0], expected[:, 19], atol=2e-3)
 
 
 def test_default_native(default_model: PackedModel, default_golden: Arrays, program_factory: ProgramFactory) -> None:

@@ -25,7 +25,7 @@ def test_every_build_of_this_machine_passes(isa: str) -> None:
     assert [(check.name, check.error) for check in checks if check.error] == []
     names = {check.name for check in checks}
     assert {"random numbers", "sampler", "products, bfloat16", "decoder, 4-bit, minimum", "encoder, bfloat16"} <= names
-    assert len(names) == len(checks) == 4 + 2 * len(selftest.FORMATS)
+    assert len(names) == len(checks) == 5 + 2 * len(selftest.FORMATS)
 
 
 class Broken(ModuleType):

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.config import BLOCK_SIZE
-from engine.request import FinishReason, Request, SamplingParams, TokenDelta
+from engine.request import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
 from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan
-from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.scheduler import MAX_SCORED, Scheduler
 from engine.scheduler.sequence import Sequence
 from engine.worker.runner import Runner
-from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request
+from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_logprob, expected_output, make_request
 
 tokens = st.integers(0, VOCAB - 1)
 samplings = st.builds(
@@ -35,6 +35,8 @@ samplings = st.builds(
     # Few tokens, so that bad words of several would come about all the time.
     allowed_token_ids=st.sampled_from([None, None, (0, 4, 5, 6)]),
     bad_words=st.lists(st.lists(st.sampled_from([4, 5, 6]), min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
+    logprobs=st.sampled_from([None, None, 0, 3]),
+    prompt_logprobs=st.sampled_from([None, None, 0, 2]),
 )
 # A few common beginnings, so that prefixes are shared.
 prompts = st.builds(
@@ -43,6 +45,19 @@ prompts = st.builds(
     st.sampled_from([0, 31, 32, 33, 64, 100]),
     st.lists(tokens, min_size=1, max_size=60) | tokens.map(lambda token: [token % 3] * 32),
 )
+
+
+def scores(token_ids: list[int], start: int, count: int) -> list[TokenLogprobs]:
+    """What the fake program says of the tokens from `start` on."""
+    return [
+        TokenLogprobs(
+            token,
+            expected_logprob(token_ids[:i], token),
+            1 + token,
+            [(each, expected_logprob(token_ids[:i], each)) for each in range(count)],
+        )
+        for i, token in enumerate(token_ids[start:], start)
+    ]
 
 
 class Traffic(RuleBasedStateMachine):
@@ -78,6 +93,8 @@ class Traffic(RuleBasedStateMachine):
         self.plan: Plan | None = None
         self.expected: dict[str, list[int]] = {}  # of live requests
         self.received: dict[str, list[int]] = {}
+        self.unscored: dict[str, Request] = {}  # whose prompt's log-probabilities are still to come
+        self.requests: dict[str, Request] = {}
         self.count = 0
 
     def _propose(self, errs: float, seq: Sequence, most: int) -> list[int]:
@@ -127,6 +144,9 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.add(resumed)
         self.expected[request.request_id] = whole
         self.received[request.request_id] = whole[:num_resumed]
+        self.requests[request.request_id] = request
+        if request.sampling.prompt_logprobs is not None and not resumed.output_token_ids:
+            self.unscored[request.request_id] = request
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
@@ -148,6 +168,7 @@ class Traffic(RuleBasedStateMachine):
         if not plan.items:
             assert not self.scheduler.has_work, "work, but nothing is scheduled"
             return
+        assert plan.num_scored == sum(item.num_scored for item in plan.items) <= MAX_SCORED
         assert plan.num_tokens == sum(item.num_tokens for item in plan.items) <= self.budget
         assert len({item.seq.slot for item in plan.items}) == len(plan.items)
         assert all(item.num_tokens > 0 for item in plan.items)
@@ -188,6 +209,7 @@ class Traffic(RuleBasedStateMachine):
         for delta in deltas:
             whole, so_far = self.expected[delta.request_id], self.received[delta.request_id]
             assert delta.position == len(so_far)
+            self._check_logprobs(delta)
             so_far += delta.token_ids
             assert so_far == whole[: len(so_far)], f"{delta.request_id} got tokens that are not its own"
             if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -195,6 +217,19 @@ class Traffic(RuleBasedStateMachine):
                 assert (delta.stop_token_id is not None) == (delta.finish_reason is FinishReason.STOP)
             if delta.finish_reason is not None:
                 del self.expected[delta.request_id]
+
+    def _check_logprobs(self, delta: TokenDelta) -> None:
+        request = self.requests[delta.request_id]
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        if delta.token_ids and (sampling.logprobs is not None):
+            context = prompt + self.received[delta.request_id]
+            assert delta.logprobs == scores(context + delta.token_ids, len(context), sampling.logprobs)
+        else:
+            assert not delta.logprobs
+        if delta.token_ids and self.unscored.pop(delta.request_id, None) is not None:
+            assert delta.prompt_logprobs == scores(prompt, 1, sampling.prompt_logprobs or 0)
+        else:
+            assert not delta.prompt_logprobs
 
     @invariant()
     def books_balance(self) -> None:
