@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,11 @@ def requested_isa() -> str:
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment for a child process: ours, with `changes`."""
     return {**os.environ, **changes}
+
+
+def our_packages() -> str:
+    """PYTHONPATH for a child: it finds the packages that we found, however this program was started."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def available_cpus() -> int:

@@ -29,8 +29,20 @@ from engine.kernels import create_program
 from engine.kernels.batch import Program
 from engine.models.spec import EncoderSpec, ModelInfo
 from engine.ranks import plan_ranks
-from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, SamplingParams, TokenDelta
+from engine.request import (
+    IGNORE_EOS_REASON,
+    Capabilities,
+    Embedded,
+    EmbedRequest,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenDelta,
+)
 from engine.resident import describe_weights, num_parameters, resident_weights
+from engine.sampling.masks import Grammars, Vocabulary
+from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Sequence
@@ -40,6 +52,9 @@ if TYPE_CHECKING:
     from engine.weights import PackedModel
 
 logger = logging.getLogger("seraph.engine")
+
+PREPARING_WAIT = 0.005
+"""Seconds that a step waits for a grammar where there is nothing else to do: messages are looked for between steps."""
 
 
 class EngineCore:
@@ -93,12 +108,19 @@ class EngineCore:
             eos_token_ids=model.info.eos_token_ids,
             clock=clock,
         )
+        self._grammars = Grammars(
+            lambda: _vocabulary(model.info),
+            vocab_size=model.info.spec.vocab_size,
+            eos_token_ids=model.info.eos_token_ids,
+            num_rows=config.max_num_seqs + ROWS,
+        )
         self._runner = Runner(
             self.program,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             vocab_size=model.info.spec.vocab_size,
+            grammars=self._grammars,
         )
         self._embedder = None if encoder is None else Embedder(encoder, config, memory=memory(), beside=self.program)
         self._turns = Turns()
@@ -112,7 +134,9 @@ class EngineCore:
             vocab_size=self.info.spec.vocab_size,
             eos_token_ids=self.info.eos_token_ids,
         )
-        self._scheduler.add(request)
+        self._scheduler.add(request, preparing=request.grammar is not None)
+        if request.grammar is not None and request.request_id in self._scheduler:
+            self._grammars.prepare(request)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "request %s taken: %d prompt tokens, %s",
@@ -132,6 +156,7 @@ class EngineCore:
     def abort(self, request_id: str) -> None:
         """Forget a request of either kind: nothing of it follows. One that ended already, or never was, is no error."""
         self._scheduler.abort(request_id)
+        self._grammars.forget(request_id)
         if self._embedder is not None:
             self._embedder.abort(request_id)
 
@@ -165,9 +190,13 @@ class EngineCore:
     def _step(self) -> list[TokenDelta]:
         debug = logger.isEnabledFor(logging.DEBUG)
         started = time.perf_counter() if debug else 0.0
+        for request_id, failure in self._grammars.take_prepared():
+            self._scheduler.release(request_id, failure)
         plan = self._scheduler.schedule()
         if not plan.items:
-            return plan.ended
+            if not plan.ended:
+                self._grammars.wait(PREPARING_WAIT)
+            return self._forget_ended(plan.ended)
         try:
             chosen = self._runner.run(plan)
         except StalledRankError:
@@ -175,13 +204,24 @@ class EngineCore:
             raise
         except Exception as error:
             logger.exception("step %d failed: %s", self._runner.num_steps, plan)
-            return plan.ended + self._scheduler.fail(plan, f"{type(error).__name__}: {error}")
+            return self._forget_ended(plan.ended + self._scheduler.fail(plan, f"{type(error).__name__}: {error}"))
         except BaseException:  # an interrupt: nothing was entered, so the plan may be computed again
             self._scheduler.drop(plan)
             raise
         if debug:  # before the update, after which a sequence that has ended holds nothing any more
             self._log_step(plan, time.perf_counter() - started)
-        return plan.ended + self._scheduler.update(plan, chosen)
+        return self._forget_ended(plan.ended + self._scheduler.update(plan, chosen))
+
+    def _forget_ended(self, deltas: list[TokenDelta]) -> list[TokenDelta]:
+        """Let the grammars go of requests that ended; one that failed its request says why."""
+        if len(self._grammars):
+            for index, delta in enumerate(deltas):
+                if delta.finish_reason is None:
+                    continue
+                failure = self._grammars.forget(delta.request_id)
+                if failure and delta.finish_reason is FinishReason.ERROR:
+                    deltas[index] = msgspec.structs.replace(delta, error=failure)
+        return deltas
 
     def _log_step(self, plan: Plan, seconds: float) -> None:
         """What a step computed, for whom and how long, without its update (which enters the chosen tokens)."""
@@ -249,7 +289,14 @@ class EngineCore:
             kv_cache_tokens=self.num_blocks * BLOCK_SIZE,
             kv_cache_bytes=self.num_blocks * BLOCK_SIZE * self.info.spec.kv_bytes_per_token(self.config.kv_cache_dtype),
             kv_cache_dtype=self.config.kv_cache_dtype,
-            features=frozenset({"generate", "logprobs", *(() if self._embedder is None else self._embedder.features)}),
+            features=frozenset(
+                {
+                    "generate",
+                    "logprobs",
+                    *(("grammar",) if self.info.eos_token_ids else ()),
+                    *(() if self._embedder is None else self._embedder.features),
+                }
+            ),
             encoder=None if self._embedder is None else self._embedder.info,
         )
 
@@ -266,6 +313,7 @@ class EngineCore:
         """
         if self._embedder is not None:
             self._embedder.close()
+        self._grammars.close()
         self.program.close()
 
 
@@ -288,6 +336,12 @@ def resolve_max_model_len(config: EngineConfig, info: ModelInfo, num_blocks: int
     return asked
 
 
+def _vocabulary(info: ModelInfo) -> Vocabulary:
+    from engine.text.tokenizer import Tokenizer  # slow to import, and most engines never need it
+
+    return Tokenizer.from_info(info)
+
+
 def validate_request(
     request: Request, *, model_name: str, vocab_size: int, eos_token_ids: tuple[int, ...] = ()
 ) -> None:
@@ -296,7 +350,7 @@ def validate_request(
         raise RequestError(
             f"model must be {model_name!r}, got {request.model!r}.", param="model", code="model_not_found"
         )
-    for name in ("adapter", "grammar", "pooling"):
+    for name in ("adapter", "pooling"):
         if (value := getattr(request, name)) is not None:
             raise RequestError(f"{name} is not supported by this engine, got {value!r}.", param=name)
     if not request.prompt_token_ids:
@@ -309,6 +363,14 @@ def validate_request(
         raise RequestError(f"deadline must be a finite Unix time, got {request.deadline}.", param="deadline")
     sampling = request.sampling
     sampling.validate()
+    if request.grammar is None and sampling.structured_outputs is not None:
+        raise RequestError("structured_outputs must be compiled into the request's grammar.", param="grammar")
+    if request.grammar is not None and sampling.ignore_eos:
+        raise RequestError(IGNORE_EOS_REASON, param="ignore_eos")
+    if request.grammar is not None and not eos_token_ids:
+        raise RequestError(
+            "grammar is not supported for this model: it has no token that ends an answer.", param="grammar"
+        )
     for param, ids in (
         ("prompt", request.prompt_token_ids),
         ("output_token_ids", request.output_token_ids),

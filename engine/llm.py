@@ -25,6 +25,7 @@ from engine.errors import EngineError, RequestError
 from engine.llm_bars import GenerationBar, TextsBar, interrupts_deferred, loading_bars
 from engine.models.spec import EncoderSpec
 from engine.request import Embedded, EmbedRequest, FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
+from engine.sampling.grammar import GrammarCompiler
 from engine.text import Detokenizer, EncoderText, ModelText
 from engine.weights import PackedModel, load_encoder, load_packed
 
@@ -88,6 +89,7 @@ class LLM:
             self._encoder_text = None if encoder is None else EncoderText.from_info(encoder.info)
             self._core: EngineCore | EncoderCore | None = build_core(self.config, self._model, self._encoder)
             undo.pop_all()
+        self._grammars = GrammarCompiler()
         self._serial = itertools.count()
         self._live: dict[str, _Stream] = {}
         self._embedded: dict[str, Embedded | None] = {}  # by request, None as long as it is not done
@@ -183,6 +185,7 @@ class LLM:
         """Free the KV memory, the threads and the weights. Idempotent."""
         with interrupts_deferred(), self._lock:
             core, self._core = self._core, None
+            self._grammars.close()
             if core is not None:
                 self._live.clear()
                 core.close()
@@ -248,12 +251,14 @@ class LLM:
     ) -> None:
         """Add a request for each prompt to the engine and to `streams`, which the caller aborts whatever happens."""
         for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            asked = params.structured_outputs
             request = Request(
                 request_id=f"llm-{next(self._serial)}",
                 model=self.name,
                 prompt_token_ids=prompt,
                 sampling=params,
                 seed=(seed + index) % 2**64,
+                grammar=None if asked is None else self._grammars.compile(asked),
             )
             text = self.text.stream(
                 _stop_strings(params),

@@ -26,12 +26,27 @@ class FinishReason(str, enum.Enum):
 
 MAX_LOGPROBS = 20
 """Most of the best tokens whose log-probabilities may be asked for beside the token's own."""
+IGNORE_EOS_REASON = "ignore_eos cannot be true where the form of the answer is given: its end could not be told."
 
 _COUNTS = frozenset({"max_tokens", "min_tokens", "top_k"})
 
 MAX_BAD_WORDS = 512
 MAX_BAD_WORD_TOKENS = 1024
 MAX_ALLOWED_TOKENS = 4096
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The form of an answer: exactly one of the first five. The names are vLLM's.
+
+    Applied as a grammar (Request.grammar), which whoever makes a request has compiled first.
+    """
+
+    json: str | dict[str, Any] | None = None  # a JSON schema
+    json_object: bool = False  # any JSON object
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None  # one of these texts
+    grammar: str | None = None  # context-free, as Lark or GBNF write it
+    disable_any_whitespace: bool = False  # JSON on one line, without a space
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True  # special tokens are no part of the text
     logprobs: int | None = None  # with each token its log-probability and those of so many of the best; None: without
     prompt_logprobs: int | None = None  # the same of each prompt token that has one before it
+    structured_outputs: StructuredOutputs | None = None  # an engine reads Request.grammar, made of it
 
     @classmethod
     def from_defaults(cls, values: Mapping[str, float]) -> SamplingParams:
@@ -95,6 +111,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             need(count is None or 0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise RequestError(IGNORE_EOS_REASON, param="ignore_eos")
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(
@@ -138,7 +156,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tenant: str = ""
     deadline: float | None = None  # Unix time, seconds
     cache_salt: str = ""  # prefix-cache blocks are shared only between equal salts
-    grammar: str | None = None
+    grammar: str | None = None  # as engine.sampling.grammar compiles it: which tokens may follow which
     pooling: str | None = None
     trace: str = ""  # what log lines about it carry: the id of the HTTP request it came with
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import zmq
 
 from engine import logs
-from engine.config import EngineConfig, child_environment
+from engine.config import EngineConfig, child_environment, our_packages
 from engine.errors import ConfigError, EngineDeadError, EngineError
 from engine.process import (
     LAST_WORDS_MS,
@@ -273,11 +273,6 @@ class Child:
         assert self._stderr_ended is not None
         await self._stderr_ended.wait()
         return await asyncio.to_thread(self._process.wait)
-
-
-def our_packages() -> str:
-    """PYTHONPATH for a child: it finds the packages that we found, however this program was started."""
-    return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def _make_socket_folder() -> tempfile.TemporaryDirectory[str]:

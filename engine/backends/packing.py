@@ -19,8 +19,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from engine import logs
-from engine.backends.child import our_packages
-from engine.config import EngineConfig, child_environment
+from engine.config import EngineConfig, child_environment, our_packages
 from engine.errors import EngineError, SeraphError
 from engine.process import Fault, decode_config, die_with_parent, encode_config
 from engine.weights import load_packed, sweep

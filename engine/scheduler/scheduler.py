@@ -82,6 +82,7 @@ class Scheduler:
 
         self._clock = clock
         self._live: dict[str, Sequence] = {}
+        self._preparing: dict[str, Sequence] = {}  # live, but not to be queued before `release`
         self._queue = WaitingQueue()
         self._running: list[Sequence] = []  # by key
         self._leaders: dict[str, Sequence] = {}  # group id -> live choice 0
@@ -112,8 +113,8 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, request: Request, *, preparing: bool = False) -> None:
+        """Queue a request; one that is still `preparing` only when it is released.
 
         Raises RequestError for an id that is live already, ContextLengthError where prompt and one token do not fit.
         """
@@ -140,7 +141,24 @@ class Scheduler:
         self._live[request_id] = seq
         if request.deadline is not None:
             self._push_deadline(request.deadline, seq)
-        self._hold_or_queue(seq)
+        if preparing:
+            seq.status = Status.HELD
+            self._preparing[request_id] = seq
+        else:
+            self._hold_or_queue(seq)
+
+    def release(self, request_id: str, error: str | None = None) -> None:
+        """Queue a request that was preparing, or end it with an error. One that has ended meanwhile is no error."""
+        seq = self._preparing.get(request_id)
+        if seq is None:
+            return
+        if error is None:
+            del self._preparing[request_id]
+            seq.status = Status.WAITING
+            self._hold_or_queue(seq)
+        else:
+            self._end(seq)
+            self._ended.append(_last_delta(seq, FinishReason.ERROR, error))
 
     def abort(self, request_id: str) -> bool:
         """End a request now, without a delta: nobody listens. Returns whether it was live.
@@ -414,6 +432,8 @@ class Scheduler:
         del self._live[seq.request.request_id]
         if seq.status is Status.WAITING:
             self._queue.remove(seq.request.request_id)
+        elif seq.request.request_id in self._preparing:
+            del self._preparing[seq.request.request_id]
         elif seq.status is Status.HELD:
             assert seq.leader is not None
             del seq.leader.followers[seq.request.request_id]
@@ -489,9 +509,11 @@ class Scheduler:
             assert held <= num_blocks_for(len(seq.tokens) + ROWS), f"{name}: {held} blocks for {len(seq.tokens)} tokens"
             assert seq.num_computed <= held * BLOCK_SIZE, f"{name}: {seq.num_computed} tokens in {held} blocks"
             assert seq.num_computed < len(seq.tokens), f"{name} has nothing left to compute"
-        held_back = sum(len(seq.followers) for seq in self._live.values())
+        held_back = len(self._preparing) + sum(len(seq.followers) for seq in self._live.values())
         for seq in self._live.values():
-            places = (seq in self._running) + (seq.request.request_id in self._queue) + (seq.leader is not None)
+            request_id = seq.request.request_id
+            places = (seq in self._running) + (request_id in self._queue)
+            places += (seq.leader is not None) + (request_id in self._preparing)
             assert places == 1, f"{seq.request.request_id} ({seq.status.value}) is in {places} places"
             idle = not seq.blocks and not seq.num_computed and seq.slot < 0
             assert seq.status is Status.RUNNING or idle, f"{seq.request.request_id} waits, but still holds something"

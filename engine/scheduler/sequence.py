@@ -11,7 +11,7 @@ from engine.scheduler.lookup import PromptLookup
 
 class Status(enum.Enum):
     WAITING = "waiting"  # in the queue; holds no block
-    HELD = "held"  # waits for its group's choice 0 to compute their common prefix; holds no block
+    HELD = "held"  # waits for its grammar, or for its group's choice 0 to compute their common prefix; holds no block
     RUNNING = "running"  # holds blocks and a slot
     ENDED = "ended"
 
@@ -30,6 +30,7 @@ class Sequence:
         "arrival",
         "blocks",
         "chain",
+        "ends",
         "followers",
         "leader",
         "lookup",
@@ -60,6 +61,8 @@ class Sequence:
             self.max_len = min(max_model_len, self.num_prompt + sampling.max_tokens)
         eos = () if sampling.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset((*eos, *sampling.stop_token_ids))
+        # With a grammar these end the answer at once: they are allowed before min_tokens only where nothing else is.
+        self.ends = frozenset(eos_token_ids if request.grammar is not None else ())
 
         self.num_computed = 0  # tokens whose keys and values lie in `blocks`
         self.num_registered = 0  # full blocks that were offered to the prefix cache
@@ -74,7 +77,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] = []  # for the next delta
         self.chain = HashChain(root_digest(salt=request.cache_salt, tenant=request.tenant, adapter=request.adapter))
         self.lookup: PromptLookup | None = None  # from its first guess on
-        self.leader: Sequence | None = None  # while HELD: the sequence it waits for
+        self.leader: Sequence | None = None  # while HELD: the sequence it waits for, or None for its grammar
         self.followers: dict[str, Sequence] = {}  # siblings HELD for this one
 
     @property
@@ -107,8 +110,8 @@ class Sequence:
 
         Before min_tokens a stop token cannot be chosen (the runner forbids it), so one found there ends nothing.
         """
-        output = self.num_output
-        if output > self.request.sampling.min_tokens and self.tokens[-1] in self.stop_token_ids:
+        output, last = self.num_output, self.tokens[-1]
+        if last in self.stop_token_ids and (output > self.request.sampling.min_tokens or last in self.ends):
             return FinishReason.STOP
         if self.is_full:
             return FinishReason.LENGTH

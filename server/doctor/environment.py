@@ -20,6 +20,7 @@ DISTRIBUTIONS = (
     "httpx2",
     "huggingface_hub",
     "jinja2",
+    "llguidance",
     "msgspec",
     "numpy",
     "prometheus-client",

@@ -32,8 +32,11 @@ async def create_chat_completion(
     messages = body.for_template()
     service.need_ready(model)
     prompt = await service.encode_chat(model, messages, body.template_arguments())
+    grammar = await service.grammar(model, body)
     id, created = answer_id("chatcmpl"), int(time.time())
-    choices = service.choices(model, body, [prompt], answer_id=id, principal=principal, param="messages")
+    choices = service.choices(
+        model, body, [prompt], answer_id=id, principal=principal, param="messages", grammar=grammar
+    )
     writer = LogprobWriter(model.text, as_ids=bool(body.return_tokens_as_token_ids))
     if body.stream:
         encoder = ChatChunks(

@@ -41,9 +41,17 @@ async def create_completion(
     model = service.need_model(body.model, Kind.GENERATE, "completions")
     vocab_size = service.need_ready(model).vocab_size
     prompts = [await _token_ids(service, model, prompt, body, vocab_size) for prompt in body.prompts()]
+    grammar = await service.grammar(model, body)
     id, created = answer_id("cmpl"), int(time.time())
     choices = service.choices(
-        model, body, prompts, answer_id=id, principal=principal, param="prompt", default_max_tokens=DEFAULT_MAX_TOKENS
+        model,
+        body,
+        prompts,
+        answer_id=id,
+        principal=principal,
+        param="prompt",
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        grammar=grammar,
     )
     details = _Details(body, model.text, choices, _echoes(model, body, prompts) if body.echo else [])
     if body.stream:

@@ -7,8 +7,9 @@ import hashlib
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from starlette.requests import Request as HTTPRequest
 from engine import logs
 from engine.errors import ContextLengthError, RequestError
 from engine.request import Capabilities, EmbedRequest, EncoderInfo, Request, TextInput
+from engine.sampling.grammar import GrammarCompiler
 from engine.text import EncoderText
 from engine.text.stand_ins import strings_in
 from server.admission import Principal
@@ -62,6 +64,9 @@ class Service:
     loader: Loader
     draw_seed: Callable[[], int] = _draw_seed
     draining: bool = False
+    grammars: GrammarCompiler = field(default_factory=GrammarCompiler)
+    # One thread of its own: grammars that take long wait for each other, and nobody else waits for them.
+    _grammar_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
 
     @property
     def started(self) -> bool:
@@ -78,6 +83,8 @@ class Service:
         staying = {id(model.engine): model.engine for model in self.models if not model.draining}
         await asyncio.gather(self.loader.close(drain), *(engine.stop(drain) for engine in staying.values()))
         await asyncio.gather(*(model.engine.stop(drain=0.0) for model in self.models if model.draining))
+        self._grammar_thread.shutdown(cancel_futures=True)
+        self.grammars.close()
 
     def fingerprint(self, model: ServedModel) -> str:
         """`system_fingerprint`: equal fingerprints and seeds give equal answers."""
@@ -198,6 +205,24 @@ class Service:
             return model.text.decode(token_ids, skip_special=False)
         return await asyncio.to_thread(model.text.decode, token_ids, skip_special=False)
 
+    async def grammar(self, model: ServedModel, body: GenerationBody) -> str | None:
+        """The grammar of the form that an answer is to have; None where any will do.
+
+        Raises RequestError for one that cannot be, and for a model that has no end to put to an answer.
+        """
+        asked = body.asked_form()
+        if asked is None:
+            return None
+        form, param = asked
+        if "grammar" not in model.engine.capabilities().features:
+            raise RequestError(f"{model.name} cannot be held to a form.", param=param, code="unsupported_parameter")
+        known = self.grammars.cached(form, param)
+        if known is not None:
+            return known
+        return await asyncio.get_running_loop().run_in_executor(
+            self._grammar_thread, self.grammars.compile, form, param
+        )
+
     def choices(
         self,
         model: ServedModel,
@@ -208,6 +233,7 @@ class Service:
         principal: Principal,
         param: str,
         default_max_tokens: int | None = None,
+        grammar: str | None = None,
     ) -> list[Choice]:
         """One choice per prompt and answer asked for, in the order of the answer's indices.
 
@@ -247,6 +273,7 @@ class Service:
                     priority=body.priority or 0,
                     tenant=principal.tenant,
                     cache_salt=body.cache_salt or "",  # the engine keeps tenants apart by itself
+                    grammar=grammar,
                     trace=logs.current_request(),
                 )
                 stream = model.text.stream(

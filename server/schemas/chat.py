@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from engine.errors import RequestError
 from engine.request import MAX_LOGPROBS
-from server.schemas.common import NO_DETAILS, Body, ChunkEncoder, GenerationBody, TokenDetails, Usage, is_none
+from server.schemas.body import Body
+from server.schemas.common import NO_DETAILS, ChunkEncoder, GenerationBody, TokenDetails, Usage, is_none
 from server.schemas.conversation import MAX_TOOL_CALLS, TemplateBody, ToolCall
 from server.schemas.fields import CHAT_FIELDS, MESSAGE_FIELDS, Inspection, Table, inspect
 from server.schemas.logprobs import ChatLogprobs, PromptLogprobs

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from engine.errors import RequestError
 from engine.request import MAX_ALLOWED_TOKENS, MAX_LOGPROBS, SamplingParams
+from server.schemas.body import Body
 from server.schemas.fields import STREAM_OPTION_FIELDS, Inspection, Table, inspect
+from server.schemas.structured import StructuredBody
 
 MAX_CHOICES = 128
 """Most answers to one HTTP request: `n` times its number of prompts."""
@@ -54,12 +56,6 @@ BiasMap = Annotated[dict[int, float], Field(max_length=MAX_LOGIT_BIAS)]
 LogitBias = Annotated[BiasMap | None, BeforeValidator(_bias_keys)]
 
 
-class Body(BaseModel):
-    """A request body: exact types (no "1" for 1), names outside the model kept in `model_extra`."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
-
-
 class StreamOptions(Body):
     """What a stream reports beside text."""
 
@@ -77,7 +73,7 @@ class RequestBody(Body):
         return inspect(self.fields, self.model_extra or {})
 
 
-class GenerationBody(RequestBody):
+class GenerationBody(RequestBody, StructuredBody):
     """The fields that chat and plain completions share. Null means the default throughout."""
 
     model: str = Field(min_length=1, description="A model id, as /v1/models lists it.")
@@ -134,7 +130,7 @@ class GenerationBody(RequestBody):
             found += inspect(STREAM_OPTION_FIELDS, self.stream_options.model_extra or {}, "stream_options.")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs are not part of streams: leave stream out.", param="prompt_logprobs")
-        return found
+        return found + self.inspect_form(ignore_eos=bool(self.ignore_eos))
 
     @property
     def num_choices(self) -> int:

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from engine.errors import RequestError
 from engine.text.chat_template import need_free
-from server.schemas.common import Body, RequestBody
+from server.schemas.body import Body
+from server.schemas.common import RequestBody
 from server.schemas.fields import Inspection
 
 MAX_TOOL_CALLS = 128

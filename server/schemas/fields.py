@@ -90,11 +90,12 @@ _SAMPLING: dict[str, Field] = {
     "bad_words": WORKS,
     "logits_processors": refused([]),
     "logits_processor_pattern": refused(),
-    "structured_outputs": refused(),
-    "guided_json": refused(),
-    "guided_regex": refused(),
-    "guided_choice": refused(),
-    "guided_grammar": refused(),
+    "response_format": WORKS,
+    "structured_outputs": WORKS,
+    "guided_json": WORKS,
+    "guided_regex": WORKS,
+    "guided_choice": WORKS,
+    "guided_grammar": WORKS,
     "guided_decoding_backend": HINT,
     "guided_whitespace_pattern": refused(),
     "return_tokens_as_token_ids": WORKS,
@@ -114,7 +115,6 @@ CHAT_FIELDS: Table = {
     "functions": refused([]),
     "function_call": refused("none", "auto"),
     "parallel_tool_calls": HINT,  # says how tools may be called, and there are none
-    "response_format": refused({"type": "text"}),
     "modalities": refused(["text"]),
     "audio": refused(),
     "moderation": refused(),
@@ -149,7 +149,6 @@ COMPLETION_FIELDS: Table = {
     "best_of": refused(1),
     "logprobs": WORKS,
     "suffix": refused(""),
-    "response_format": refused({"type": "text"}),
     "prompt_embeds": refused(),
 }
 
@@ -216,6 +215,31 @@ STREAM_OPTION_FIELDS: Table = {
     "include_usage": WORKS,
     "continuous_usage_stats": WORKS,
     "include_obfuscation": HINT,  # pads chunks against observers of the wire; no part of the answer
+}
+
+RESPONSE_FORMAT_FIELDS: Table = {
+    "type": WORKS,
+    "json_schema": WORKS,
+}
+
+JSON_SCHEMA_FIELDS: Table = {
+    "name": HINT,  # for the model to read, where a template showed it
+    "description": HINT,
+    "schema": WORKS,
+    "strict": WORKS,
+}
+
+STRUCTURED_OUTPUT_FIELDS: Table = {
+    "json": WORKS,
+    "json_object": WORKS,
+    "regex": WORKS,
+    "choice": WORKS,
+    "grammar": WORKS,
+    "disable_any_whitespace": WORKS,
+    "disable_fallback": HINT,  # there is nothing to fall back to
+    "disable_additional_properties": refused(False),
+    "whitespace_pattern": refused(),
+    "structural_tag": refused(),
 }
 
 MESSAGE_FIELDS: Table = {

@@ -210,3 +210,17 @@ def test_the_terminal_chat(server: LiveServer, default_model: PackedModel) -> No
         assert done.returncode == 0, done.stderr
         assert "Paris" in done.stdout
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_a_given_form(client: httpx.Client, stream: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome", "Bern"]}, "certain": {"type": "boolean"}},
+        "required": ["city", "certain"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    (text,) = texts_of(client.post("/v1/chat/completions", json=chat(response_format=form, stream=stream))).values()
+    answer = json.loads(text)
+    assert answer.keys() == {"city", "certain"} and answer["city"] in ("Paris", "Rome", "Bern")

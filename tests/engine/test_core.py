@@ -17,7 +17,7 @@ from engine.errors import ConfigError, ContextLengthError, RequestError, Stalled
 from engine.kernels.layout import PackedTensor
 from engine.models.spec import ModelInfo
 from engine.ranks import Ranks
-from engine.request import FinishReason, SamplingParams, TokenDelta
+from engine.request import FinishReason, SamplingParams, StructuredOutputs, TokenDelta
 from engine.resident import resident_weights
 from engine.weights.pack import Source
 from tests.engine.fakes import EOS, MAX_LEN, VOCAB, FakeProgram, expected_output, make_request, make_spec
@@ -129,6 +129,7 @@ def test_an_explicit_max_model_len_beyond_either_is_refused() -> None:
 
 
 BASE = make_request("a", [1, 2, 3])
+FORM = StructuredOutputs(regex="a")
 
 
 @pytest.mark.parametrize(
@@ -136,9 +137,10 @@ BASE = make_request("a", [1, 2, 3])
     [
         ({"model": "other"}, "model", "model must be 'fake', got 'other'"),
         ({"adapter": "lora"}, "adapter", "adapter is not supported by this engine, got 'lora'"),
-        ({"grammar": "root ::= x"}, "grammar", "grammar is not supported"),
         ({"sampling": SamplingParams(logprobs=21)}, "logprobs", "logprobs must be between 0 and 20, got 21"),
         ({"sampling": SamplingParams(prompt_logprobs=-1)}, "prompt_logprobs", "between 0 and 20, got -1"),
+        ({"grammar": "x", "sampling": SamplingParams(ignore_eos=True)}, "ignore_eos", "its end could not be told"),
+        ({"sampling": SamplingParams(structured_outputs=FORM)}, "grammar", "must be compiled"),
         ({"pooling": "mean"}, "pooling", "pooling is not supported"),
         ({"prompt_token_ids": []}, "prompt", "at least one token"),
         ({"prompt_token_ids": [1, VOCAB]}, "prompt", f"must be in \\[0, {VOCAB}\\), got {VOCAB}"),

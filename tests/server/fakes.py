@@ -142,6 +142,7 @@ class FakeEngine:
             max_model_len=self.max_model_len,
             vocab_size=VOCAB_SIZE,
             encoder=self.encoder,
+            features=frozenset({"generate", "grammar"}),
             **self.known,  # type: ignore[arg-type]
         )
 

@@ -16,12 +16,16 @@ from server.schemas.fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     DETOKENIZE_FIELDS,
+    JSON_SCHEMA_FIELDS,
     MESSAGE_FIELDS,
+    RESPONSE_FORMAT_FIELDS,
     STREAM_OPTION_FIELDS,
+    STRUCTURED_OUTPUT_FIELDS,
     TOKENIZE_FIELDS,
     Table,
     Use,
 )
+from server.schemas.structured import JsonSchema, ResponseFormat, StructuredOutputsBody
 from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from tests.server.fakes import FakeEngine
 from tests.server.support import Client, chat, client_for, settings
@@ -85,13 +89,18 @@ def test_every_message_field_of_the_openai_package_is_classed() -> None:
         (COMPLETION_FIELDS, CompletionRequest),
         (STREAM_OPTION_FIELDS, StreamOptions),
         (MESSAGE_FIELDS, Message),
+        (RESPONSE_FORMAT_FIELDS, ResponseFormat),
+        (JSON_SCHEMA_FIELDS, JsonSchema),
+        (STRUCTURED_OUTPUT_FIELDS, StructuredOutputsBody),
         (TOKENIZE_FIELDS, TokenizeRequest),
         (DETOKENIZE_FIELDS, DetokenizeRequest),
     ],
 )
 def test_what_works_is_what_the_model_declares(table: Table, model: Any) -> None:
     """A field classed as working and not declared would be dropped in silence; the other way round it would be read."""
-    assert {name for name, field in table.items() if field.use is Use.WORKS} == set(model.model_fields)
+    assert {name for name, field in table.items() if field.use is Use.WORKS} == {
+        field.alias or name for name, field in model.model_fields.items()
+    }
 
 
 REFUSED = [(name, field) for name, field in CHAT_FIELDS.items() if field.use is Use.REFUSED]
@@ -119,7 +128,6 @@ async def test_refused_fields(client: Client, engine: FakeEngine, name: str, fie
         {"top_logprobs": False},
         {"tools": [{"type": "function"}]},
         {"tool_choice": "required"},
-        {"response_format": {"type": "json_object"}},
         {"modalities": ["text", "audio"]},
     ],
 )

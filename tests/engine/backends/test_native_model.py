@@ -123,7 +123,6 @@ async def test_what_the_core_refuses_is_raised_with_its_code(config: EngineConfi
         ({"model": "other"}, "model_not_found"),
         ({"prompt_token_ids": [1] * 512}, "context_length_exceeded"),
         ({"prompt_token_ids": [307]}, None),
-        ({"grammar": "root"}, None),
     ):
         with pytest.raises(RequestError) as caught:
             await collect(engine, msgspec.structs.replace(good, **wrong))
