@@ -66,14 +66,14 @@ class Bench:
         self.rng = np.random.default_rng(SEED)
         self.count = 0
 
-    def add(self, length: int, max_tokens: int) -> None:
+    def add(self, length: int, max_tokens: int, logprobs: int | None = None) -> None:
         self.count += 1
         self.core.add(
             Request(
                 request_id=f"r{self.count}",
                 model=self.model.name,
                 prompt_token_ids=self.rng.integers(0, self.core.info.spec.vocab_size, length).tolist(),
-                sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+                sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=logprobs),
                 seed=self.count,
             )
         )
@@ -98,13 +98,13 @@ class Bench:
             weights -= self.model.weights["embed"].data.nbytes
         return weights + streams * context * spec.kv_bytes_per_token(self.core.config.kv_cache_dtype)
 
-    def decode(self, streams: int, prompt: int, tokens: int) -> dict[str, float]:
+    def decode(self, streams: int, prompt: int, tokens: int, logprobs: int | None = None) -> dict[str, float]:
         """`streams` prompts of `prompt` tokens behind them, then steps in which all of them decode."""
         self.add(BLOCK_SIZE, WARM_TOKENS)  # touches all weights for the first time
         self.finish()
         before = self.bandwidth()
         for _ in range(streams):
-            self.add(prompt, tokens + 1)
+            self.add(prompt, tokens + 1, logprobs)
         # A stream that was admitted first has decoded while others were still at their prompts: what counts is the
         # time from the step in which the last one got its first token.
         seen: set[str] = set()
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=BLOCK_SIZE, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="decoded tokens of each stream")
+    parser.add_argument("--logprobs", type=int, help="while decoding, log-probabilities with so many of the best")
     add_model_options(parser)
     args = parse_options(parser, repeated=False)
     if min(args.streams, args.prompt, args.tokens) < 1:
@@ -170,7 +171,7 @@ def main() -> None:
     )
     try:
         if args.load == "decode":
-            figures = bench.decode(args.streams, args.prompt, args.tokens)
+            figures = bench.decode(args.streams, args.prompt, args.tokens, args.logprobs)
         else:
             figures = bench.prefill(args.prompt)
     finally:
