@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
 from engine.errors import FormatError, RequestError
@@ -22,6 +23,9 @@ from engine.models.spec import ModelInfo
 from engine.text.chat_template import RenderedPrompt
 from engine.text.pieces import Pieces, token_pieces
 from engine.weights.hf_tokenizer import MAX_VOCAB_SIZE, parse_tokenizer, read_tokenizer_folder
+
+_RARE = "\U000f0000"
+"""A character that no vocabulary has: it is left to everybody's own use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,11 @@ class Tokenizer:
         marked = {token_id for token_id, token in added.items() if token.special}
         self.special_token_ids = frozenset(marked.union(special_token_ids))
         self._controls = frozenset(marked)  # what `encode` of the library would find inside a text
-        self._unknown_id = vocab.get(getattr(self._tokenizer.model, "unk_token", None) or "")
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        self._unknown_id = vocab.get(unknown or "")
+        if unknown is not None and unknown not in vocab:
+            # Harmless where every character has tokens; where one has not, its text could not be encoded.
+            self._encode(self._tokenizer, _RARE)
         self._blind: dict[bool, HFTokenizer] = {}
         self._lock = threading.Lock()
 
@@ -139,7 +147,7 @@ class Tokenizer:
         # The library itself says where control tokens are (it knows which of them swallow neighbouring spaces). Only
         # stretches between them that hold stand-ins are encoded again, with the characters the stand-ins stand for.
         marked = _encodable(rendered.marked)
-        encoding = self._tokenizer.encode(marked, add_special_tokens=False)
+        encoding = self._encoding(self._tokenizer, marked)
         ids: list[int] = []
         stretch: list[int] = []
         start = 0
@@ -238,10 +246,17 @@ class Tokenizer:
                 self._blind[at_start] = blind
             return self._blind[at_start]
 
-    @staticmethod
-    def _encode(tokenizer: HFTokenizer, text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(_encodable(text), add_special_tokens=False).ids
+    @classmethod
+    def _encode(cls, tokenizer: HFTokenizer, text: str) -> list[int]:
+        ids: list[int] = cls._encoding(tokenizer, _encodable(text)).ids
         return ids
+
+    @staticmethod
+    def _encoding(tokenizer: HFTokenizer, text: str) -> Encoding:
+        try:
+            return tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:  # a tokenizer may name tokens that it does not have
+            raise panicked(error) from None
 
 
 def panicked(error: BaseException) -> BaseException:

@@ -168,6 +168,26 @@ def test_damaged_tokenizers_fail_cleanly_or_work(tmp_path_factory: pytest.TempPa
         text.decode(text.encode_text("a b \u2581 é<s>☠"))
 
 
+@pytest.mark.parametrize("unknown", ["", "nowhere"])
+def test_an_unknown_token_that_the_vocabulary_lacks(tmp_path: Path, unknown: str) -> None:
+    """Refused where some text would need it; where bytes or characters cover every text it is never looked for."""
+    refused = 0
+    for number, source in enumerate(sources()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        damaged = copy.deepcopy(source)
+        damaged["model"]["unk_token"] = unknown
+        (folder / "tokenizer.json").write_text(json.dumps(damaged))
+        try:
+            text = TextTokenizer.from_folder(folder)
+        except FormatError as error:
+            assert "not found in the vocabulary" in str(error)
+            refused += 1
+        else:
+            assert text.encode_text("a b é☠\U000f0000")
+    assert refused == 1
+
+
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"tokenizer\.json: the file is missing, and there is no tokenizer\.model"):
         read_tokenizer_folder(tmp_path)
