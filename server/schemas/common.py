@@ -269,6 +269,18 @@ class TokenDetails:
 
 NO_DETAILS = TokenDetails()
 
+_encode_json = msgspec.json.Encoder().encode
+_LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
+
+
+def _encode_line(value: object) -> bytes:
+    """JSON that nobody takes for more than one line: many clients end lines where Unicode does, not as events do."""
+    encoded = _encode_json(value)
+    if not encoded.isascii():
+        for end, escaped in _LINE_ENDS:
+            encoded = encoded.replace(end, escaped)
+    return encoded
+
 
 class ChunkEncoder:
     """Encodes the events of one streamed answer: the parts that stay the same are encoded once.
@@ -291,7 +303,7 @@ class ChunkEncoder:
         }
         self._head = b"data: " + msgspec.json.encode(same)[:-1] + b',"choices":['
         self._tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"
-        self._encode = msgspec.json.Encoder().encode
+        self._encode = _encode_line
 
     def start(self, index: int, usage: Usage | None = None, prompt_token_ids: list[int] | None = None) -> bytes:
         """What comes before a choice's text; may be nothing."""

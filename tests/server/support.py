@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from engine.backends.base import Engine
 from server.app import create_app
 from server.protocol import BoundedProtocol
 from server.registry import ServedModel
@@ -29,9 +30,9 @@ def settings(**changes: Any) -> Settings:
 
 
 def served(
-    engine: FakeEngine, configured: Settings | None = None, *, defaults: Mapping[str, float] | None = None
+    engine: Engine, configured: Settings | None = None, *, defaults: Mapping[str, float] | None = None
 ) -> ServedModel:
-    """The first model of the settings, over a scripted engine."""
+    """The first model of the settings, over an engine, with a text side of one token per character."""
     configured = configured or settings()
     return ServedModel(
         names=configured.model_names[0],
@@ -91,7 +92,7 @@ def text_of(chunks: list[dict[str, Any]]) -> dict[int, str]:
 
 @asynccontextmanager
 async def listening(
-    engine: FakeEngine,
+    engine: Engine,
     configured: Settings | None = None,
     *,
     head_timeout: float = 60.0,

@@ -74,6 +74,15 @@ async def test_choices_keep_apart(stream: bool, path: str) -> None:
     assert texts == {0: "choice 0", 1: "choice 1", 2: "choice 2"}
 
 
+async def test_an_event_is_one_line_by_every_way_to_count() -> None:
+    """httpx, for one, ends lines where str.splitlines does."""
+    text = "a\x85b\u2028c\u2029d\x0b\x0c\x1c\x1d\x1e\n\r\u00e9"
+    engine = FakeEngine(lambda r: [delta(r, 0, text, finish_reason=FinishReason.LENGTH)])
+    async with client_for(engine) as client:
+        response = await client.post(CHAT, json=chat(stream=True))
+    assert text_of(chunks_of(response.text)) == {0: text}
+
+
 async def test_tokens_that_arrive_together_go_out_together() -> None:
     engine = FakeEngine(lambda r: [delta(r, 0, "abc"), delta(r, 3, "def", finish_reason=FinishReason.LENGTH)])
     async with client_for(engine) as client:
