@@ -21,6 +21,11 @@ STAMPS := $(VENV)/stamps
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --only-binary :all: --require-hashes
 
+# Other projects' clients, each with its packages in an environment of its own.
+CLIENTS := langchain litellm instructor
+NODE := clients/examples/node
+CLIENT_STAMPS := $(CLIENTS:%=.venv-clients/%/installed) $(NODE)/node_modules/installed
+
 CODE := $(wildcard engine server clients loadtests tests benchmarks)
 CSRC := engine/kernels/csrc
 KERNELS := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h)
@@ -42,7 +47,11 @@ test: $(STAMPS)/seraph $(STAMPS)/test ## the tests
 
 .PHONY: test-full
 test-full: $(STAMPS)/seraph $(STAMPS)/test ## the tests and those that take minutes each
-	@$(PY) -m pytest -m "full or not full" $(ARGS)
+	@$(PY) -m pytest -m "not clients" $(ARGS)
+
+.PHONY: test-clients
+test-clients: $(STAMPS)/seraph $(STAMPS)/test $(CLIENT_STAMPS) ## the examples with other projects' clients
+	@$(PY) -m pytest -m clients tests/clients $(ARGS)
 
 .PHONY: check
 check: lint mypy ## lint, formatting and types
@@ -96,13 +105,13 @@ preflight: ## check that this machine can build Seraph
 
 .PHONY: clean
 clean: ## remove what was installed and built here (models stay)
-	rm -rf $(VENV) .venv-lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-lock .venv-clients $(NODE)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: help
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+		/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Each stamp's time says when its step was last done. They live in .venv, so that a new .venv starts from nothing.
 
@@ -114,6 +123,21 @@ $(STAMPS)/%: requirements/%.txt | $(STAMPS)/venv
 	@echo "==> installing $<"
 	@$(LOCKED) -r $<
 	@touch $@
+
+# pip is this environment's, so that the others need none.
+.venv-clients/%/installed: requirements/clients/%.txt | $(STAMPS)/venv
+	@echo "==> installing $<"
+	@$(PY) -m venv --clear --without-pip $(@D)
+	@$(PY) -m pip --python $(@D)/bin/python install -qq --disable-pip-version-check \
+		--no-deps --only-binary :all: --require-hashes -r $<
+	@touch $@
+
+# Without npm the folder stays empty, and the tests say what is missing.
+$(NODE)/node_modules/installed: $(NODE)/package-lock.json $(NODE)/package.json
+	@mkdir -p $(@D)
+	@if ! command -v npm >/dev/null; then echo "==> npm is missing: the examples for Node will not be run"; exit; fi; \
+		echo "==> installing $<" && npm --prefix $(NODE) ci --ignore-scripts --no-audit --no-fund --loglevel error && \
+		touch $@
 
 # An editable install: Python is read from this checkout, and only a changed kernel source is compiled again. The folder
 # itself is a prerequisite because its time changes when a source is added or removed.

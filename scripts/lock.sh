@@ -4,7 +4,8 @@
 #   scripts/lock.sh [--upgrade | --upgrade-package NAME]     without arguments, pins that still fit are kept
 #
 # The files are written one after another and each is constrained by those before it, so that any of them can be
-# installed into the same environment.
+# installed into the same environment. Those of requirements/clients/ have an environment each and constrain nothing;
+# clients/examples/node/package-lock.json is written where there is npm.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,3 +32,9 @@ for group in load bench; do
   lock $group --group $group --constraint requirements/runtime.txt --constraint requirements/build.txt \
     --constraint requirements/test.txt
 done
+for group in langchain litellm instructor; do
+  lock clients/$group --group $group
+done
+if command -v npm >/dev/null; then
+  (cd clients/examples/node && npm install --package-lock-only --ignore-scripts --no-audit --no-fund --loglevel error)
+fi

@@ -22,6 +22,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("runtime", "build", "test", "load", "bench")
+CLIENT_LOCKS = ("clients/langchain", "clients/litellm", "clients/instructor")
+"""Of environments that hold nothing else."""
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -38,7 +40,7 @@ def make_targets() -> set[str]:
 
 
 def test_make_has_the_documented_targets() -> None:
-    expected = "serve test test-full check format bench bench-peers load docs lock preflight clean help"
+    expected = "serve test test-full test-clients check format bench bench-peers load docs lock preflight clean help"
     assert set(expected.split()) <= make_targets()
 
 
@@ -96,7 +98,7 @@ def locked(name: str) -> Iterator[tuple[Requirement, list[str]]]:
             yield Requirement(requirement), [value.strip() for value in hashes]
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", LOCKS + CLIENT_LOCKS)
 def test_locks_pin_and_hash_everything(name: str) -> None:
     requirements = list(locked(name))
     assert requirements
@@ -107,7 +109,7 @@ def test_locks_pin_and_hash_everything(name: str) -> None:
         assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", value) for value in hashes), requirement
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", LOCKS + CLIENT_LOCKS)
 def test_locks_name_no_index(name: str) -> None:
     """Where packages come from is the installing machine's affair."""
     text = (ROOT / "requirements" / f"{name}.txt").read_text()
@@ -132,6 +134,7 @@ def test_locks_agree_with_each_other() -> None:
         ("test", PYPROJECT["dependency-groups"]["test"] + PYPROJECT["dependency-groups"]["dev"]),
         ("load", PYPROJECT["dependency-groups"]["load"]),
         ("bench", PYPROJECT["dependency-groups"]["bench"]),
+        *((name, PYPROJECT["dependency-groups"][name.rpartition("/")[2]]) for name in CLIENT_LOCKS),
     ],
 )
 def test_locks_satisfy_what_is_declared(name: str, declared: list[str]) -> None:
@@ -139,6 +142,19 @@ def test_locks_satisfy_what_is_declared(name: str, declared: list[str]) -> None:
     for requirement in map(Requirement, declared):
         version = versions.get(canonicalize_name(requirement.name))
         assert version is not None and requirement.specifier.contains(version), f"{requirement}: locked at {version}"
+
+
+def test_the_lock_of_node_s_packages() -> None:
+    """Every package has its hash and no address; npm's own setting keeps addresses out."""
+    folder = ROOT / "clients" / "examples" / "node"
+    lock = json.loads((folder / "package-lock.json").read_text())["packages"]
+    declared = json.loads((folder / "package.json").read_text())["dependencies"]
+    assert lock[""]["dependencies"] == declared
+    packages = {name: package for name, package in lock.items() if name}
+    assert {f"node_modules/{name}" for name in declared} <= packages.keys()
+    assert all(package["integrity"].startswith("sha512-") for package in packages.values())
+    assert all("resolved" not in package for package in packages.values())
+    assert (folder / ".npmrc").read_text() == "omit-lockfile-registry-resolved=true\n"
 
 
 def test_no_deep_learning_framework_is_needed() -> None:

@@ -1,0 +1,39 @@
+"""Instructor with a Seraph server: an answer as an object of a class, which the server keeps to by a JSON schema.
+
+SERAPH_BASE_URL=http://127.0.0.1:8000 SERAPH_API_KEY=... python clients/examples/instructor_python.py
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import instructor
+from openai import OpenAI
+from pydantic import BaseModel
+
+
+class Verdict(BaseModel):
+    """What is said of a claim."""
+
+    claim: Literal["true", "false", "unknown"]
+    certain: bool
+
+
+def main() -> None:
+    base_url = os.environ.get("SERAPH_BASE_URL", "http://127.0.0.1:8000")
+    with OpenAI(base_url=f"{base_url}/v1", api_key=os.environ.get("SERAPH_API_KEY", "none")) as plain:
+        model = plain.models.list().data[0].id
+        client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
+        verdict = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Paris is the capital of France."}],
+            response_model=Verdict,
+            temperature=0,
+            max_tokens=100,
+        )
+    print(verdict.model_dump_json())
+
+
+if __name__ == "__main__":
+    main()
