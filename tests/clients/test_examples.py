@@ -57,6 +57,12 @@ def test_seraph_client_chat(url: str) -> None:
     assert len(printed) > 10
 
 
+def test_seraph_client_search(url: str) -> None:
+    printed = run(sys.executable, str(EXAMPLES / "seraph_client_search.py"), "what", "is", "water?", url=url)
+    scores = [float(line.partition("  ")[0]) for line in printed.splitlines()]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+
+
 def test_every_example_is_run_by_a_test() -> None:
     source = Path(__file__).read_text() + Path(__file__).with_name("test_other_clients.py").read_text()
     examples = [path for path in EXAMPLES.rglob("*") if path.suffix in (".py", ".sh", ".mjs")]

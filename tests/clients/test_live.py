@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from seraph_client import (
 )
 from tests.clients.either import Either, chunks_of, close
 from tests.clients.live import ADMIN_KEY, CONTEXT, KEY, Live
+from tests.live import ROOT
 
 TEXTS = ["the river", "what is a mountain?", "bread"]
 LONG: dict[str, Any] = {"max_tokens": CONTEXT - 64, "ignore_eos": True}
@@ -118,6 +120,23 @@ async def test_a_model_that_does_not_load(client: Either, live: Live) -> None:
     with pytest.raises(ModelFailedError, match=r"'broken' failed to load: .*GGUF version"):
         await client("admin.wait_ready", "broken", timeout=60, poll=0.05)
     assert await client("admin.unload", "broken") is None
+
+
+def test_what_the_readme_shows(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "clients" / "python" / "README.md").read_text()
+    generating, operating = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    ours = {
+        '"http://127.0.0.1:8000"': f'"{live.url}", api_key="{KEY}"',
+        "the-admin-key": ADMIN_KEY,
+        "gemma3-270m": str(live.folder / "bge"),
+    }
+    for written, here in ours.items():
+        assert written in readme
+        generating, operating = generating.replace(written, here), operating.replace(written, here)
+    exec(generating, {})
+    assert "Usage(prompt_tokens=" in capsys.readouterr().out
+    exec(operating, {})
+    assert "gemma ready None" in capsys.readouterr().out
 
 
 async def test_wrong_keys(live: Live) -> None:

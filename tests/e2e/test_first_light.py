@@ -18,6 +18,7 @@ from openai import OpenAI
 
 from engine.config import DEFAULT_MODEL
 from engine.weights import PackedModel
+from seraph_client import Client
 from tests.live import ROOT, LiveServer, live_server
 
 SYSTEM = "You are a helpful assistant."
@@ -117,6 +118,14 @@ def test_the_openai_package(server: LiveServer) -> None:
         assert "Paris" in (answer.choices[0].message.content or "")
         with pytest.raises(openai.BadRequestError, match="maximum context length"):
             sdk.completions.create(model=DEFAULT_MODEL, prompt="word " * 9000)
+
+
+def test_our_own_client(server: LiveServer) -> None:
+    with Client(server.base_url) as own:
+        answer = own.chat(QUESTION, temperature=0)
+        assert "Paris" in answer.text
+        assert own.stream_chat(QUESTION, temperature=0).text() == answer.text
+        assert len(own.tokenize(QUESTION)) == answer.usage.prompt_tokens
 
 
 def test_sampling_is_reproducible_streamed_or_whole(client: httpx.Client) -> None:
