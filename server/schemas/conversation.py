@@ -19,6 +19,9 @@ MAX_TEMPLATE_VARIABLES = 64
 MAX_TEMPLATE_BYTES = 64 << 10
 """Of the template's variables, as JSON."""
 
+MAX_NESTED = 64
+"""Depth of a call's arguments and of variables; what reads them further on is recursive."""
+
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
 
 
@@ -44,9 +47,13 @@ class ToolCall(Body):
                 arguments = msgspec.json.decode(self.function.arguments)
             except (ValueError, RecursionError):
                 arguments = None
-        if not isinstance(arguments, dict):
+        if not isinstance(arguments, dict) or _is_deep(arguments):
             param = f"{where}.function.arguments"
-            raise RequestError(f"{param} must be the text of a JSON object.", param=param, code="invalid_value")
+            raise RequestError(
+                f"{param} must be the text of a JSON object, nested at most {MAX_NESTED} deep.",
+                param=param,
+                code="invalid_value",
+            )
         call = {"type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
         return call if self.id is None else {"id": self.id, **call}
 
@@ -95,8 +102,26 @@ def _check_variables(variables: dict[str, Any]) -> None:
         need_free(variables)
     except RequestError as error:
         raise RequestError(f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+    if _is_deep(variables):
+        raise RequestError(
+            f"chat_template_kwargs must be nested at most {MAX_NESTED} deep.", param="chat_template_kwargs"
+        )
     if (size := len(msgspec.json.encode(variables))) > MAX_TEMPLATE_BYTES:
         raise RequestError(
             f"chat_template_kwargs must be at most {MAX_TEMPLATE_BYTES} bytes of JSON, got {size}.",
             param="chat_template_kwargs",
         )
+
+
+def _is_deep(value: object) -> bool:
+    """Whether lists and objects are nested deeper than they may be, told without recursion."""
+    level = [value]
+    for _ in range(MAX_NESTED + 1):
+        inside: list[object] = []
+        for one in level:
+            if isinstance(one, dict):
+                inside += one.values()
+            elif isinstance(one, list):
+                inside += one
+        level = inside
+    return bool(level)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import engine
@@ -90,6 +91,17 @@ def test_seeds_and_sampling_per_prompt(llm: LLM) -> None:
     assert tokens(1)[0] != tokens(1)[1]
     lengths = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 5)]
     assert [len(c.token_ids) for c in llm.generate(["a", "b"], lengths, progress=False)] == [1, 5]
+
+
+def test_bad_words_and_what_is_shown(llm: LLM) -> None:
+    (free,) = llm.generate("The sea", GREEDY, progress=False)
+    words = llm.text.bad_words([free.text[:2]])
+    (other,) = llm.generate("The sea", msgspec.structs.replace(GREEDY, bad_words=words), progress=False)
+    assert other.text[:2] != free.text[:2]
+    only = SamplingParams(max_tokens=3, allowed_token_ids=(2,), skip_special_tokens=False)
+    ends = [only, msgspec.structs.replace(only, include_stop_str_in_output=True)]
+    ends.append(msgspec.structs.replace(only, ignore_eos=True))
+    assert [c.text for c in llm.generate(["a"] * 3, ends, progress=False)] == ["", "<|im_end|>", "<|im_end|>" * 3]
 
 
 def test_chat_uses_the_models_template(llm: LLM) -> None:

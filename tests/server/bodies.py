@@ -48,10 +48,12 @@ MORE: dict[str, list[dict[str, Any]]] = {
 SMALL: dict[str, dict[str, Any]] = {"/detokenize": {"tokens": [72]}, "/v1/embeddings": {"dimensions": 1}}
 """So is this, always: the tests' models are smaller than the example's."""
 
+DEPTHS = (40, 70, 300, 800)
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 1.5, -0.0, 1e308, 127, 128, 2**31, 2**32, 2**63, 2**64, -(2**63) - 1, 10**40),
     *("", "a", "1", "\x00", "\u2581", "\U0001f600", "<|im_end|>", "x" * 3000, "{{ 1 }}", "text", "-1", "NaN"),
     *([], {}, [[]], [None], [0], ["a"], {"a": 1}, {"": ""}, {"type": "text"}, {"role": "user"}, [{"role": "user"}]),
+    *(f"nested {depth}" for depth in DEPTHS),
     *({"type": "image_url"}, ["a"] * 200, [1] * 5000, {str(i): i for i in range(2000)}, [[1], ["a"]], [1, "a"]),
 )
 
@@ -80,6 +82,8 @@ def bodies(draw: st.DrawFn, path: str) -> bytes:
         else:
             parent[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
     text = json.dumps(body)
+    for depth in DEPTHS:  # deeper than Python's own recursion would write
+        text = text.replace(f'"nested {depth}"', '{"a":' * depth + "1" + "}" * depth)
     match draw(st.integers(0, 30)):
         case 0:  # cut
             text = text[: draw(st.integers(0, len(text)))]

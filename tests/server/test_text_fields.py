@@ -236,6 +236,7 @@ def test_variables_are_no_more_trusted_than_messages(client: httpx.Client) -> No
         {"v": "x" * 70_000},
         {"size": 1e9},
         {"size": 10**9},
+        *({"v": json.loads("[" * depth + "]" * depth)} for depth in (65, 500, 800)),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -274,6 +275,13 @@ def with_call(**changes: Any) -> dict[str, Any]:
         (with_call(function={"name": "f", "arguments": "[1]"}), "tool_calls.0.function.arguments"),
         (with_call(function={"name": "f", "arguments": "{"}), "tool_calls.0.function.arguments"),
         (with_call(function={"name": "f", "arguments": '{"a":' * 5000}), "tool_calls.0.function.arguments"),
+        *(
+            (
+                with_call(function={"name": "f", "arguments": '{"a":' * n + "1" + "}" * n}),
+                "tool_calls.0.function.arguments",
+            )
+            for n in (66, 450, 900)
+        ),
         (with_call(function={"name": ""}), "tool_calls.0.function.name"),
         (with_call(type="custom"), "tool_calls.0.type"),
         ({**QUESTION, "tool_calls": [CALL]}, "tool_calls"),

@@ -76,6 +76,9 @@ def test_stop_strings_cut_the_whole_text(ids: list[int], data: st.DataObject) ->
     detokenizer = Detokenizer(tokenizer(), stop=stop)
     assert "".join(run(detokenizer, ids)) == cut(whole, stop)
     assert detokenizer.stopped == any(string in whole for string in stop)
+    shown = Detokenizer(tokenizer(), stop=stop, include_stop=True)
+    assert "".join(run(shown, ids)) == cut(whole, stop) + (shown.stop_string or "")
+    assert shown.num_tokens == detokenizer.num_tokens
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
