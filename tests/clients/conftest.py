@@ -5,13 +5,18 @@ from collections.abc import Iterator
 import pytest
 
 from tests.clients.live import Live, start
-from tests.clients.scripted_server import ScriptedServer, running
+from tests.clients.scripted_server import ScriptedServer, Stage, running
+
+
+@pytest.fixture(scope="session")
+def stage() -> Iterator[Stage]:
+    with running() as stage:
+        yield stage
 
 
 @pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with running(ScriptedServer()) as server:
-        yield server
+def server(stage: Stage) -> ScriptedServer:
+    return stage.enter()
 
 
 @pytest.fixture(scope="session")
