@@ -81,6 +81,7 @@ bench: $(STAMPS)/seraph $(STAMPS)/bench ## measure kernels, sampler and engine b
 	@$(PY) -m benchmarks.contention $(ARGS)
 	@$(PY) -m benchmarks.sharing $(ARGS)
 	@$(PY) -m benchmarks.ranks $(ARGS)
+	@$(PY) -m benchmarks.structured $(ARGS)
 
 .PHONY: bench-peers
 bench-peers: $(STAMPS)/seraph $(STAMPS)/bench ## measure beside vLLM, OpenVINO and llama.cpp; write docs/performance.md (hours)

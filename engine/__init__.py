@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from engine.backends.base import Engine
     from engine.config import EngineConfig
     from engine.llm import LLM, Completion
-    from engine.request import Request, SamplingParams
+    from engine.request import Request, SamplingParams, StructuredOutputs
 
-__all__ = ["LLM", "Completion", "Engine", "EngineConfig", "Request", "SamplingParams"]
+__all__ = ["LLM", "Completion", "Engine", "EngineConfig", "Request", "SamplingParams", "StructuredOutputs"]
 
 _HOMES = {
     "LLM": "engine.llm",
@@ -22,6 +22,7 @@ _HOMES = {
     "EngineConfig": "engine.config",
     "Request": "engine.request",
     "SamplingParams": "engine.request",
+    "StructuredOutputs": "engine.request",
 }
 
 

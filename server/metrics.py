@@ -32,6 +32,8 @@ _ENGINE_COUNTERS = {
     "num_draft_tokens": ("draft_tokens", "Tokens guessed by prompt lookup"),
     "num_accepted_tokens": ("accepted_draft_tokens", "Guessed tokens that were right"),
     "num_preemptions": ("preemptions", "Requests preempted"),
+    "num_masks": ("masks", "Grammar masks made"),
+    "mask_seconds": ("mask_seconds", "Seconds of a processor for grammar masks"),
     "num_requests_finished": ("requests_finished", "Requests finished"),
     "step_seconds": ("step_seconds", "Seconds inside kernels"),
     "num_encoded_texts": ("encoded_texts", "Texts made vectors"),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request as HTTPRequest
 
 from engine import logs
-from engine.errors import ContextLengthError, RequestError
+from engine.errors import ContextLengthError, EngineOverloadedError, RequestError
 from engine.request import Capabilities, EmbedRequest, EncoderInfo, Request, TextInput
 from engine.sampling.grammar import GrammarCompiler
 from engine.text import EncoderText
@@ -40,6 +40,9 @@ from server.schemas.common import (
 )
 from server.settings import Settings, version
 from server.streaming import DONE, KEEP_ALIVE
+
+MAX_UNCHECKED = 64
+"""Most grammars that wait to be checked; each may take a second."""
 
 LONG_TEXT = 16_384
 """Characters (or tokens, the other way) above which tokenizing leaves the event loop, which streams wait for."""
@@ -66,6 +69,7 @@ class Service:
     draining: bool = False
     grammars: GrammarCompiler = field(default_factory=GrammarCompiler)
     # One thread of its own: grammars that take long wait for each other, and nobody else waits for them.
+    _num_unchecked: int = 0
     _grammar_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
 
     @property
@@ -208,7 +212,8 @@ class Service:
     async def grammar(self, model: ServedModel, body: GenerationBody) -> str | None:
         """The grammar of the form that an answer is to have; None where any will do.
 
-        Raises RequestError for one that cannot be, and for a model that has no end to put to an answer.
+        Raises RequestError for one that cannot be, and for a model that has no end to put to an answer, and
+        EngineOverloadedError where too many wait already.
         """
         asked = body.asked_form()
         if asked is None:
@@ -219,9 +224,14 @@ class Service:
         known = self.grammars.cached(form, param)
         if known is not None:
             return known
-        return await asyncio.get_running_loop().run_in_executor(
-            self._grammar_thread, self.grammars.compile, form, param
-        )
+        if self._num_unchecked >= MAX_UNCHECKED:
+            raise EngineOverloadedError("Too many grammars wait to be checked. Try again later.")
+        self._num_unchecked += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._grammar_thread, self.grammars.compile, form, param)
+        finally:
+            self._num_unchecked -= 1
 
     def choices(
         self,

@@ -147,6 +147,15 @@ async def test_a_hostile_grammar_keeps_nobody_waiting(client: Client) -> None:
     assert response.status_code == 400 and "takes more than 1 s" in response.json()["error"]["message"]
 
 
+async def test_too_many_unchecked_grammars_are_told_to_come_later(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.routes.service.MAX_UNCHECKED", 2)
+    bodies = [chat(guided_regex=f"n{i}") for i in range(4)]
+    responses = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+    assert sorted(response.status_code for response in responses) == [200, 200, 503, 503]
+
+
 async def test_text_is_streamed_as_ever(client: Client) -> None:
     response = await client.post("/v1/chat/completions", json=chat(guided_regex="[ab]+", stream=True))
     assert text_of(chunks_of(response.text)) == {0: "Hello, world"}
