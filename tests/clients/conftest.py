@@ -10,7 +10,7 @@ from tests.clients.scripted_server import ScriptedServer, Stage, running
 
 @pytest.fixture(scope="session")
 def stage() -> Iterator[Stage]:
-    with running() as stage:
+    with running(Stage()) as stage:
         yield stage
 
 

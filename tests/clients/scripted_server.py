@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
@@ -127,30 +127,33 @@ def whole_chat(text: str) -> dict[str, Any]:
 class Stage:
     """One address for the scripted servers of many tests: starting and ending uvicorn takes longer than they do."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._server = self.enter()
+    def __init__(self) -> None:
+        self.url = ""
+        self._server = ScriptedServer()
 
     def enter(self) -> ScriptedServer:
         """A new server, which gets the requests from now on."""
-        self._server = ScriptedServer(url=self._url)
+        self._server = ScriptedServer(url=self.url)
         return self._server
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._server(scope, receive, send)
 
 
+Running = TypeVar("Running", ScriptedServer, Stage)
+
+
 @contextmanager
-def running() -> Iterator[Stage]:
-    """A stage behind uvicorn. The socket listens before the thread starts: nobody has to wait."""
+def running(server: Running) -> Iterator[Running]:
+    """The server, reachable at its `url`. The socket listens before the thread starts: nobody has to wait."""
     listener = socket.create_server(("127.0.0.1", 0))
-    stage = Stage(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    config = uvicorn.Config(stage, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    config = uvicorn.Config(server, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
     web = uvicorn.Server(config)
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield stage
+        yield server
     finally:
         web.should_exit = True
         thread.join()

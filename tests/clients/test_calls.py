@@ -31,7 +31,7 @@ Step = httpx.Response | Exception
 
 
 class Script:
-    """Answers in turn, each taking `seconds` of a clock that only this and waiting move."""
+    """Answers in turn, each after `seconds` of a clock that only answers and waits move."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -39,6 +39,7 @@ class Script:
         self.waited: list[float] = []
         self.now = 0.0
         self.seconds = 1.0
+        self.oversleeps = 0.0  # that each wait takes longer than it should
 
     def __call__(self, *steps: Step) -> None:
         self.steps += steps
@@ -63,7 +64,7 @@ class Script:
 
     def _sleep(self, seconds: float) -> None:
         self.waited.append(seconds)
-        self.now += seconds
+        self.now += seconds + self.oversleeps
 
     async def _asleep(self, seconds: float) -> None:
         self._sleep(seconds)
@@ -166,6 +167,19 @@ async def test_a_wait_that_would_outlast_the_call_is_not_begun(kind: Any, script
     with pytest.raises(RateLimitError):
         await client("chat", "x")
     assert (script.now, script.waited) == (4, [2])
+    await close(client.client)
+
+
+async def test_no_attempt_begins_after_the_call_s_time(kind: Any, script: Script) -> None:
+    client = script.client(kind, timeout=6)
+    with pytest.raises(APITimeoutError, match="total time"):
+        await client("chat", "x", timeout=0)
+    assert script.seen == []
+    script.oversleeps = 5
+    script(trouble(503))
+    with pytest.raises(APITimeoutError, match="total time"):
+        await client("chat", "x")
+    assert len(script.seen) == 1
     await close(client.client)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from loadtests import run
 from loadtests.target import TargetError, check_target
-from tests.clients.scripted_server import fail, respond, running
+from tests.clients.scripted_server import ScriptedServer, fail, respond, running
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:1", "http://[::1]:80", "https://127.1.2.3"])
@@ -46,8 +46,7 @@ def test_users_and_time_are_bounded(argument: str, capsys: pytest.CaptureFixture
 
 
 def test_waiting_until_ready() -> None:
-    with running() as stage:
-        server = stage.enter()
+    with running(ScriptedServer()) as server:
         server.script(fail(503), fail(503), respond({"status": "ready"}))
         run.wait_until_ready(server.url, seconds=30)
         assert [seen.path for seen in server.seen] == ["/health/ready"] * 3

@@ -16,8 +16,8 @@ NUM_TOKENS = 3  # as the script's usage says
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    with running() as stage:
-        yield stage.enter()
+    with running(ScriptedServer()) as server:
+        yield server
 
 
 def run(url: str, *, concurrency: int = 1, requests: int = 1, tokens: int = NUM_TOKENS) -> throughput.Figures:

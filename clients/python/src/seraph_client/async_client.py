@@ -287,7 +287,7 @@ class AsyncClient:
             json=call.body,
             params=call.params,
             headers=self._headers[call.by_operator],
-            timeout=deadline.for_attempt(),
+            timeout=protocol.timeout_of(deadline),
         )
 
 

@@ -281,7 +281,7 @@ class Client:
             json=call.body,
             params=call.params,
             headers=self._headers[call.by_operator],
-            timeout=deadline.for_attempt(),
+            timeout=protocol.timeout_of(deadline),
         )
 
 

@@ -21,7 +21,7 @@ from seraph_client.errors import (
     ProtocolError,
     SeraphClientError,
 )
-from seraph_client.retries import NEVER, Retries, Timeouts
+from seraph_client.retries import NEVER, Deadline, Retries, Timeouts
 from seraph_client.types import (
     Answer,
     Embeddings,
@@ -111,6 +111,13 @@ def connection_error(error: httpx.RequestError, request_id: str | None = None) -
     """What a failure of the transport is raised as."""
     kind = APITimeoutError if isinstance(error, httpx.TimeoutException) else APIConnectionError
     return kind(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, request_id=request_id)
+
+
+def timeout_of(deadline: Deadline) -> httpx.Timeout:
+    """What the transport may take for each step of an attempt. Raises APITimeoutError where the call is over."""
+    if deadline.has_passed():
+        raise deadline_error()
+    return deadline.for_attempt()
 
 
 def deadline_error(request_id: str | None = None) -> APITimeoutError:

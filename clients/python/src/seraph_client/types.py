@@ -61,6 +61,8 @@ class Options(ModelOptions, total=False):
     ignore_eos: bool
     priority: int  # lower runs first
     cache_salt: str
+    echo: bool  # of completions: the prompt before the answer
+    add_special_tokens: bool  # of completions: whether text gets the tokenizer's BOS
     user: str
 
 
