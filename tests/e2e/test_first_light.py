@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from openai import OpenAI
@@ -73,6 +74,34 @@ def test_the_start_says_how_to_try_it(server: LiveServer) -> None:
     assert server.ready_seconds < START_SECONDS
     text = "\n".join(server.output)
     assert DEFAULT_MODEL in text and "16384 tokens" in text and "curl " + server.base_url in text
+
+
+def test_echoed_logprobs_are_the_perplexity_of_a_text(client: httpx.Client) -> None:
+    """A window of the text whose perplexity tests/golden has by an independent implementation."""
+    with np.load(ROOT / "tests" / "golden" / "default_perplexity.npz") as golden:
+        prompt, nll = golden["token_ids"][: int(golden["window"])].tolist(), float(golden["nll"][0])
+    body = {"model": DEFAULT_MODEL, "prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+    for _ in range(2):  # the second time the prompt is cached
+        answer = client.post("/v1/completions", json=body).json()
+        first, *others = answer["choices"][0]["logprobs"]["token_logprobs"]
+        assert first is None and len(others) == len(prompt) - 1
+        assert -sum(others) / len(others) == pytest.approx(nll, abs=1e-2)
+        assert answer["usage"]["completion_tokens"] == 0
+    text, offsets = answer["choices"][0]["text"], answer["choices"][0]["logprobs"]["text_offset"]
+    tokens = answer["choices"][0]["logprobs"]["tokens"]
+    assert all(text[at:].startswith(token) for at, token in zip(offsets, tokens, strict=True))
+
+
+def test_logprobs_of_an_answer(client: httpx.Client) -> None:
+    fields = {"temperature": 0, "logprobs": True, "top_logprobs": 3, "max_tokens": 12, "repetition_penalty": 1.0}
+    whole = client.post("/v1/chat/completions", json=chat(**fields)).json()["choices"][0]
+    content = whole["logprobs"]["content"]
+    assert bytes(byte for each in content for byte in each["bytes"]).decode() == whole["message"]["content"]
+    assert all(each["top_logprobs"][0]["token"] == each["token"] and each["logprob"] <= 0 for each in content)
+    streamed = client.post("/v1/chat/completions", json=chat(**fields, stream=True)).text.splitlines()
+    events = [json.loads(line[6:]) for line in streamed if line.startswith("data: {")]
+    pieces = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+    assert [each for piece in pieces for each in piece["content"]] == content
 
 
 def test_the_capital_of_france(client: httpx.Client) -> None:
@@ -190,3 +219,17 @@ def test_the_terminal_chat(server: LiveServer, default_model: PackedModel) -> No
         assert done.returncode == 0, done.stderr
         assert "Paris" in done.stdout
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_a_given_form(client: httpx.Client, stream: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome", "Bern"]}, "certain": {"type": "boolean"}},
+        "required": ["city", "certain"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    (text,) = texts_of(client.post("/v1/chat/completions", json=chat(response_format=form, stream=stream))).values()
+    answer = json.loads(text)
+    assert answer.keys() == {"city", "certain"} and answer["city"] in ("Paris", "Rome", "Bern")
