@@ -19,8 +19,8 @@ class Scheduled:
     draft: list[int] = field(default_factory=list)  # of num_tokens, those guessed to follow the sequence's last
     num_scored: int = 0  # of num_tokens, those from seq.num_scored on after which the next prompt token is scored
     # Filled by the step where they are wanted: of the scored ones, then of the chosen ones.
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +64,9 @@ class Plan:
     def add(self, seq: Sequence, num_tokens: int) -> None:
         start = seq.num_computed
         end = start + num_tokens
-        num_scored = max(0, min(end, seq.num_to_score) - seq.num_scored)
+        num_scored = 0
+        if seq.num_scored < seq.num_to_score:
+            num_scored = max(0, min(end, seq.num_to_score) - seq.num_scored)
         self.items.append(Scheduled(seq, start, num_tokens, end == len(seq.tokens), num_scored=num_scored))
         self.num_tokens += num_tokens
         self.num_scored += num_scored

@@ -207,7 +207,7 @@ class Scheduler:
             position, reason, failed = seq.num_output, None, False
             # Each was chosen after the guesses before it, so it counts as long as those were right.
             for token in chosen[first:num_entered]:
-                if seq.is_full:  # only the prompt was asked for
+                if len(seq.tokens) >= seq.max_len:  # only the prompt was asked for
                     reason = FinishReason.LENGTH
                     break
                 if token < 0:  # bias, mask and stop rules left nothing, or the logits were not numbers
@@ -224,7 +224,7 @@ class Scheduler:
             self._computed(seq, item.start + item.num_tokens - len(draft) + num_accepted)
             if item.num_scored:
                 seq.num_scored += item.num_scored
-                seq.prompt_logprobs += item.prompt_logprobs
+                seq.prompt_logprobs += item.prompt_logprobs or []
             if new or reason is not None:
                 self.num_output_tokens += len(new)
                 deltas.append(
@@ -232,7 +232,7 @@ class Scheduler:
                         request_id=seq.request.request_id,
                         position=position,
                         token_ids=new,
-                        logprobs=item.logprobs[: len(new)],
+                        logprobs=item.logprobs[: len(new)] if item.logprobs else [],
                         prompt_logprobs=seq.prompt_logprobs,
                         finish_reason=reason,
                         stop_token_id=new[-1] if reason is FinishReason.STOP else None,
@@ -284,7 +284,7 @@ class Scheduler:
                 num_tokens = min(remaining, self.max_num_batched_tokens - plan.num_tokens)
                 if num_tokens == 0:
                     return False
-                if (num_tokens := _scorable(seq, num_tokens, plan)) == 0:
+                if seq.num_scored < seq.num_to_score and not (num_tokens := _scorable(seq, num_tokens, plan)):
                     continue
                 num_tokens = self._reserve(seq, num_tokens, plan)
                 if num_tokens:

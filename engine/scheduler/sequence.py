@@ -40,6 +40,7 @@ class Sequence:
         "num_prompt",
         "num_registered",
         "num_scored",
+        "num_to_score",
         "prompt_logprobs",
         "request",
         "residency",
@@ -72,6 +73,7 @@ class Sequence:
         self.num_cached_tokens = -1  # prompt tokens found in the prefix cache on first admission; -1: not yet admitted
         # Tokens from the prompt's first on after which the next one's log-probability is known. A request resumed after
         # its first token has delivered them all.
+        self.num_to_score = self.num_prompt - 1  # prompt tokens that another one follows
         wants = sampling.prompt_logprobs is not None and not request.output_token_ids
         self.num_scored = 0 if wants else self.num_to_score
         self.prompt_logprobs: list[TokenLogprobs] = []  # for the next delta
@@ -89,16 +91,6 @@ class Sequence:
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
-    @property
-    def num_to_score(self) -> int:
-        """Prompt tokens that another one follows."""
-        return self.num_prompt - 1
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no further token fits, however the last one reads: from the start where none was asked for."""
-        return len(self.tokens) >= self.max_len
-
     def guess(self, most: int) -> list[int]:
         """At most `most` tokens that may follow, from the sequence's own text."""
         if self.lookup is None:
@@ -113,6 +105,6 @@ class Sequence:
         output, last = self.num_output, self.tokens[-1]
         if last in self.stop_token_ids and (output > self.request.sampling.min_tokens or last in self.ends):
             return FinishReason.STOP
-        if self.is_full:
+        if len(self.tokens) >= self.max_len:
             return FinishReason.LENGTH
         return None

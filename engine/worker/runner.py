@@ -105,8 +105,7 @@ class Runner:
         slots: list[int] = []
         logits_rows: list[int] = []
         sampled: list[_Row] = []
-        wanted: list[tuple[int, int]] = []  # of each row, as LogprobArrays has them
-        any_wanted = False
+        any_wanted = False  # log-probabilities
         for item in items:
             seq, start, end = item.seq, item.start, item.start + item.num_tokens
             self._refresh(seq)
@@ -124,16 +123,14 @@ class Runner:
                 scored = range(seq.num_scored, seq.num_scored + item.num_scored)
                 logits_rows += [len(token_ids) - item.num_tokens + i - start for i in scored]
                 sampled += [(seq, None)] * item.num_scored
-                wanted += [(seq.request.sampling.prompt_logprobs or 0, seq.tokens[i + 1]) for i in scored]
                 any_wanted = True
             if item.samples:
                 draft, first = item.draft, len(token_ids) - item.num_rows
                 for ahead in range(len(draft) + 1):
                     logits_rows.append(first + ahead)
                     sampled.append((seq, draft[:ahead]))
-                count = seq.request.sampling.logprobs
-                any_wanted |= count is not None
-                wanted += [(-1 if count is None else count, -1)] * item.num_rows
+                if seq.request.sampling.logprobs is not None:
+                    any_wanted = True
 
         num_tokens, num_seqs, num_rows = len(token_ids), len(slots), len(logits_rows)
         self._token_ids[:num_tokens] = token_ids
@@ -150,7 +147,7 @@ class Runner:
             block_tables=self._step_tables[:, :num_seqs],
             logits_rows=self._logits_rows[:num_rows],
             sampling=self._sampling(sampled) if sampled else None,
-            logprobs=_logprob_arrays(wanted) if any_wanted else None,
+            logprobs=_logprob_arrays(items) if any_wanted else None,
         )
 
     def _begin_masks(self, items: list[Scheduled]) -> None:
@@ -351,8 +348,14 @@ class _Slot:
         return _joined(bias, _bias_arrays(dict.fromkeys(completing, -np.inf))) if completing else bias
 
 
-def _logprob_arrays(wanted: list[tuple[int, int]]) -> LogprobArrays:
-    """Arrays for rows that want so many of the largest (-1: nothing) of a given token (-1: of the chosen one)."""
+def _logprob_arrays(items: list[Scheduled]) -> LogprobArrays:
+    """What the rows of a step want of log-probabilities, and room for them."""
+    wanted: list[tuple[int, int]] = []  # of each row so many of the largest, -1 nothing; its token where it is given
+    for item in items:
+        seq, sampling = item.seq, item.seq.request.sampling
+        scored = range(seq.num_scored, seq.num_scored + item.num_scored)
+        wanted += [(sampling.prompt_logprobs or 0, seq.tokens[i + 1]) for i in scored]
+        wanted += [(-1 if sampling.logprobs is None else sampling.logprobs, -1)] * item.num_rows
     counts, targets = (np.array(each, np.int32) for each in zip(*wanted, strict=True))
     shape = (len(wanted), 1 + max(0, int(counts.max())))
     return LogprobArrays(
