@@ -10,11 +10,13 @@ from typing import Literal
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Verdict(BaseModel):
-    """What is said of a claim."""
+    """What is said of a claim, and nothing besides: without that an answer may go on with fields of its own."""
+
+    model_config = ConfigDict(extra="forbid")
 
     claim: Literal["true", "false", "unknown"]
     certain: bool
@@ -30,7 +32,7 @@ def main() -> None:
             messages=[{"role": "user", "content": "Paris is the capital of France."}],
             response_model=Verdict,
             temperature=0,
-            max_tokens=100,
+            max_tokens=400,
         )
     print(verdict.model_dump_json())
 

@@ -18,6 +18,6 @@ const answer = await client.chat.completions.parse({
   messages: [{ role: "user", content: "Paris is the capital of France." }],
   response_format: zodResponseFormat(Verdict, "verdict"),
   temperature: 0,
-  max_tokens: 100,
+  max_tokens: 400,
 });
 console.log(JSON.stringify(answer.choices[0].message.parsed));
