@@ -30,6 +30,14 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(
+    params=[pytest.param(isa, marks=pytest.mark.full if isa == "portable" else ()) for isa in available_isas()]
+)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every native build; the portable one takes half a minute."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def model(name: str) -> PackedModel:
     return load_model(MODELS[name])
