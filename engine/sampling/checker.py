@@ -61,6 +61,8 @@ def translate(question: Question) -> str:
         case "grammar":
             lark: str = any_to_lark(question.text)
             return _json({"grammars": [{"lark_grammar": lark}]})
+        case "tools":
+            return question.text  # made by tool_grammar
     raise ValueError(f"unknown kind {question.kind!r}")
 
 
@@ -77,7 +79,7 @@ def check(question: Question, tokenizer: LLTokenizer) -> Answer:
         return Answer(error=matcher.get_error())
     if any("tokenizer" in warning for warning in matcher.get_grammar_warnings()):
         return Answer(error="tokens cannot be named, only their text")
-    return Answer(grammar=grammar)
+    return Answer(grammar="" if question.kind == "tools" else grammar)  # whoever asks has it
 
 
 def _json(value: Any) -> str:

@@ -14,15 +14,15 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import msgspec
 
 from engine.config import child_environment, our_packages
 from engine.errors import EngineError, RequestError
 from engine.request import StructuredOutputs
-from engine.sampling.limits import CPU_SECONDS, MAX_CHOICES, MAX_GRAMMAR_BYTES
+from engine.sampling.limits import CPU_SECONDS, MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_TOOLS_BYTES
 from engine.sampling.question import Answer, Question
 
 COMMAND = (sys.executable, "-P", "-m", "engine.sampling.checker")
@@ -64,13 +64,42 @@ class GrammarCompiler:
         EngineError where no process can be started.
         """
         question = _question(asked, param)
+        return _grammar(self._answer(question), question, param)
+
+    def knows_tools(self, grammar: str) -> bool:
+        """Whether `check_tools` passed this grammar already, and would not wait."""
+        answer = self._cache.get(Question("tools", grammar))
+        return answer is not None and not answer.error
+
+    def check_tools(self, grammar: str, schemas: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+        """Check a grammar of `tool_grammar`, made without special tokens. Blocks as `compile` does.
+
+        `schemas` has for each tool's name the field that its schema came in, and the schema. Raises RequestError naming
+        the tool, or all of them where no single one is to blame.
+        """
+        size = len(grammar.encode("utf-8", "surrogatepass"))
+        if size > MAX_TOOLS_BYTES:
+            raise RequestError(f"tools must be at most {MAX_TOOLS_BYTES} bytes together, got {size}.", param="tools")
+        question = Question("tools", grammar)
+        answer = self._answer(question)
+        if not answer.error:
+            return
+        for name, (param, schema) in schemas.items():
+            try:
+                self.compile(StructuredOutputs(json=schema), param)
+            except RequestError as error:
+                said = str(error).removeprefix(param).lstrip(": ")
+                raise RequestError(f"{param} of {name}: {said}", param=param, code=error.code) from None
+        _grammar(answer, question, "tools")
+
+    def _answer(self, question: Question) -> Answer:
         with self._lock:
             answer = self._cache.get(question)
             if answer is None:
                 answer = self._cache[question] = self._ask(question)
                 if len(self._cache) > CACHE_ENTRIES:
                     self._cache.popitem(last=False)
-        return _grammar(answer, question, param)
+            return answer
 
     @property
     def pid(self) -> int | None:

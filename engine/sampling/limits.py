@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_BYTES = 64 << 10
 """Longest schema, expression, list of choices or grammar, as UTF-8."""
 
+MAX_TOOLS_BYTES = 128 << 10
+"""The same of a grammar with the schemas of all tools."""
+
 MAX_CHOICES = 4096
 
 WHITESPACE = r"[ \t\r\n]{1,16}"

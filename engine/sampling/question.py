@@ -6,9 +6,9 @@ import msgspec
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One of StructuredOutputs' kinds, as text."""
+    """One of StructuredOutputs' kinds, as text; or a whole grammar of tools."""
 
-    kind: str  # json, regex, choice, grammar
+    kind: str  # json, regex, choice, grammar, tools
     text: str
     any_whitespace: bool = True
 

@@ -73,7 +73,7 @@ class ChatTemplate:
             raise FormatError(f"chat template: at most {MAX_SOURCE_CHARS} characters are read, it has {len(source)}")
         try:
             self._template = _ENVIRONMENT.from_string(source)
-            self._names = _names(source)
+            self._names, self._variables = _names(source)
         except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise FormatError(f"chat template: {_said(error)}") from None
         if sum(len(text) ** 2 for text in special_tokens) > MAX_SPECIAL_SQUARES:  # every part of each is remembered
@@ -125,6 +125,24 @@ class ChatTemplate:
         else:
             marked = self._render(data, guard.stand_ins)
         return RenderedPrompt(marked, guard.stand_ins)
+
+    def reads(self, name: str) -> bool:
+        """Whether the template uses a variable of that name."""
+        return name in self._variables
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether calls of tools in a conversation, and their results, reach the prompt."""
+        return {"tool_calls", "tool"} <= self._names
+
+    def shows_system(self) -> bool:
+        """Whether a conversation may begin with a system message, and the prompt then holds it."""
+        probe = "PROBE"
+        messages = [{"role": "system", "content": probe}, {"role": "user", "content": "."}]
+        try:
+            return probe in self.render(messages).marked
+        except RequestError:
+            return False
 
     def _prepare(self, message: Message, index: int) -> dict[str, Any]:
         role = message.get("role")
@@ -238,12 +256,13 @@ def need_free(variables: Mapping[str, Any]) -> None:
         raise RequestError(f"A chat template's variable {min(taken)!r} cannot be replaced.", param=min(taken))
 
 
-def _names(source: str) -> frozenset[str]:
-    """Attributes, keys and other constant texts in a template's code: what it may know of a message."""
+def _names(source: str) -> tuple[frozenset[str], frozenset[str]]:
+    """What a template's code holds: attributes, keys and other constant texts, which tell what it may know of a
+    message; and its variables."""
     tree = _ENVIRONMENT.parse(source)
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return frozenset(attributes | texts)
+    return frozenset(attributes | texts), frozenset(node.name for node in tree.find_all(nodes.Name))
 
 
 class _RefusedError(jinja2.TemplateError):

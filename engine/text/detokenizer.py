@@ -25,12 +25,13 @@ class Detokenizer:
         min_tokens: int = 0,
         include_stop: bool = False,
         skip_special: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        """Raises ValueError for an empty stop string."""
+        """`shown` are special tokens that are text all the same. Raises ValueError for an empty stop string."""
         if not all(stop):
             raise ValueError("stop strings must not be empty")
         self._pieces = tokenizer.pieces
-        self._skipped = tokenizer.special_token_ids if skip_special else frozenset[int]()
+        self._skipped = tokenizer.special_token_ids - shown if skip_special else frozenset[int]()
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         # Longest first: the first in this order to end at a character begins earliest.
         self._matchers = [_Matcher(text) for text in sorted(set(stop), key=len, reverse=True)]

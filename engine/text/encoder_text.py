@@ -14,6 +14,9 @@ from engine.text.tokenizer import Tokenizer, WholeText
 class EncoderText:
     """Texts to token ids. Safe to use from several threads; long ones, or many, belong in a thread of their own."""
 
+    tool_format = None  # it holds no conversations, calls and reasoning
+    reasons = False
+
     def __init__(self, tokenizer: Tokenizer, max_input_len: int) -> None:
         """`max_input_len`: tokens of a text, special ones included.
 
@@ -31,6 +34,13 @@ class EncoderText:
     @property
     def chats(self) -> bool:
         """It holds no conversations."""
+        return False
+
+    @property
+    def marker_ids(self) -> dict[str, int]:
+        return {}
+
+    def begins_reasoning(self, prompt: Sequence[int]) -> bool:
         return False
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -55,6 +65,7 @@ class EncoderText:
         *,
         include_stop: bool = False,
         skip_special: bool = True,
+        show_markers: bool = False,
     ) -> NoReturn:
         """Raises RequestError: an encoder continues no text."""
         raise RequestError("This model is an encoder: it continues no text.", param="model")

@@ -10,6 +10,19 @@ from engine.models.spec import ModelInfo
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
+from engine.text.tool_formats import (
+    FORMATS,
+    THINK,
+    THINK_END,
+    ToolFormat,
+    find_format,
+    generic_history,
+    has_reasoning,
+    shorten_ids,
+)
+
+TAIL_TOKENS = 16
+"""Of a prompt, which tell whether it has begun an answer's reasoning."""
 
 
 class ModelText:
@@ -18,11 +31,31 @@ class ModelText:
     Encoding takes microseconds per character with the GIL released for most of it: long texts belong in a thread.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-        """Raises UnsupportedModelError for a tokenizer whose tokens cannot be made text one by one."""
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, *, tool_format: ToolFormat | None = None
+    ) -> None:
+        """`tool_format` is how calls of tools are written; None: as the template says.
+
+        Raises UnsupportedModelError for a tokenizer whose tokens cannot be made text one by one.
+        """
         self.tokenizer = tokenizer
         self.template = template
         self.num_pieces = len(tokenizer.pieces)  # made now, and not at the first answer
+        self.tool_format: ToolFormat | None = None
+        """How calls of tools are written; None without a template."""
+        self.reasons = False
+        """Whether answers may begin with reasoning."""
+        self.marker_ids: dict[str, int] = {}
+        """Ids of those of the texts around calls and reasoning that are special tokens."""
+        self._shows_system = True
+        if template is not None:
+            self.tool_format = tool_format or find_format(template)
+            self.reasons = has_reasoning(template)
+            texts = self.tool_format.markers + (THINK + THINK_END if self.reasons else "")
+            pieces = ((tokenizer.id_to_piece(i), i) for i in sorted(tokenizer.special_token_ids))
+            self.marker_ids = {piece: i for piece, i in pieces if piece and piece in texts}
+            if not self.tool_format.is_templated:
+                self._shows_system = template.shows_system()
 
     @property
     def chats(self) -> bool:
@@ -30,8 +63,9 @@ class ModelText:
         return self.template is not None
 
     @classmethod
-    def from_info(cls, info: ModelInfo, *, chat_template: str | None = None) -> Self:
-        """The text side of a loaded checkpoint; `chat_template` is the operator's, instead of the model's.
+    def from_info(cls, info: ModelInfo, *, chat_template: str | None = None, tool_format: str | None = None) -> Self:
+        """The text side of a loaded checkpoint; `chat_template` and `tool_format` (one of FORMATS) are the operator's,
+        instead of the model's.
 
         Raises FormatError for a template or tokenizer that is malformed.
         """
@@ -45,10 +79,18 @@ class ModelText:
                 eos_token=tokenizer.id_to_piece(info.eos_token_ids[0]) if info.eos_token_ids else None,
                 special_tokens=tokenizer.special_tokens,
             )
-        return cls(tokenizer, template)
+        return cls(tokenizer, template, tool_format=None if tool_format is None else FORMATS[tool_format])
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Token ids of a conversation; `variables` as in ChatTemplate.render.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation; `tools` and `variables` as in ChatTemplate.render.
+
+        Where the template knows no tools, they, their calls and their results become plain messages.
 
         Raises RequestError, also for a model without a template.
         """
@@ -58,7 +100,16 @@ class ModelText:
                 param="messages",
                 code="no_chat_template",
             )
-        return self.tokenizer.encode_rendered(self.template.render(messages, **variables))
+        assert self.tool_format is not None
+        if not self.tool_format.is_templated and (tools or not self.template.knows_tools):
+            messages, tools = generic_history(messages, tools, shows_system=self._shows_system), None
+        elif self.tool_format.id_length is not None:
+            messages = shorten_ids(messages, self.tool_format.id_length)
+        return self.tokenizer.encode_rendered(self.template.render(messages, tools=tools, **variables))
+
+    def begins_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with the start of reasoning, which its answer then goes on with."""
+        return self.reasons and self.decode(prompt[-TAIL_TOKENS:], skip_special=False).rstrip().endswith(THINK)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain text, after one BOS where the model wants one and `add_special_tokens`."""
@@ -79,10 +130,16 @@ class ModelText:
         *,
         include_stop: bool = False,
         skip_special: bool = True,
+        show_markers: bool = False,
     ) -> Detokenizer:
-        """A detokenizer for one choice."""
+        """A detokenizer for one choice; special tokens around calls and reasoning are shown with `show_markers`."""
         return Detokenizer(
-            self.tokenizer, stop=stop, min_tokens=min_tokens, include_stop=include_stop, skip_special=skip_special
+            self.tokenizer,
+            stop=stop,
+            min_tokens=min_tokens,
+            include_stop=include_stop,
+            skip_special=skip_special,
+            shown=frozenset(self.marker_ids.values()) if show_markers else frozenset(),
         )
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:

@@ -1,0 +1,113 @@
+"""The grammar of answers that may, or must, call tools: made of the same ToolFormat that the answers are read by.
+
+Every call names one of the tools and gives arguments that satisfy its schema. Text before a call is free, but that it
+cannot hold what begins one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from engine.sampling.limits import WHITESPACE
+from engine.text.tool_formats import THINK, THINK_END, ToolFormat
+
+MAX_CALLS = 128
+"""Most calls of one answer."""
+
+Calls = Literal["none", "auto", "required"]
+Thinks = Literal["no", "may", "must"]
+
+_ANY = "(?s:.*)"
+
+
+def tool_grammar(
+    form: ToolFormat,
+    schemas: Mapping[str, dict[str, Any]],
+    *,
+    calls: Calls,
+    several: bool = True,
+    thinks: Thinks = "no",
+    special: Mapping[str, int] | None = None,
+) -> str:
+    """A grammar as Request.grammar has it.
+
+    `schemas` are those of the arguments by the tool's name, `several` allows more than one call. An answer `may` begin
+    with reasoning, or `must` end what the prompt has begun. `special` has the ids of those of the format's texts that
+    are special tokens, which no text can make.
+    """
+    tokens = dict(special or {})
+    rules = [*_reasoning(thinks, tokens)]
+    begin = _written(form.begin, tokens)
+    if calls == "required":
+        lead = "(think GAP?)? " if thinks == "may" else "think GAP? " if thinks == "must" else ""
+        rules.insert(0, f"start: {lead}{begin} calls")
+        rules.append(r"GAP: /[ \n]{1,4}/")
+    else:
+        rules[:0] = [f"start: {'think? ' if thinks == 'may' else 'think ' if thinks == 'must' else ''}body"]
+        rules += _free(form, calls, thinks, tokens)
+    if calls != "none":
+        rules += _calls(form, list(schemas), several, tokens)
+    grammars: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules) + "\n"}]
+    if calls != "none":
+        grammars += [{"name": f"t{i}", "json_schema": _schema(schema)} for i, schema in enumerate(schemas.values())]
+    return json.dumps({"grammars": grammars}, ensure_ascii=False)
+
+
+def _reasoning(thinks: Thinks, tokens: Mapping[str, int]) -> list[str]:
+    if thinks == "no":
+        return []
+    if THINK_END in tokens:
+        begin = "" if thinks == "must" else _written(THINK, tokens)
+        return [f"think: {begin} ANY {_written(THINK_END, tokens)}", f"ANY: /{_ANY}/"]
+    begin = "" if thinks == "must" else rf"\s*{_regex(THINK)}"
+    return [f"think[lazy]: /{begin}{_ANY}{_regex(THINK_END)}/"]
+
+
+def _free(form: ToolFormat, calls: Calls, thinks: Thinks, tokens: Mapping[str, int]) -> list[str]:
+    """Rules of an answer that is text, and may turn into calls."""
+    not_reasoning = rf" & ~/\s*{_regex(THINK)}{_ANY}/" if thinks != "no" else ""
+    marker = _regex(form.begin)
+    without = rf"\s*{marker}{_ANY}" if form.only_first else f"{_ANY}{marker}{_ANY}"
+    text = f"TEXT: /{_ANY}/ & ~/{without}/{not_reasoning}"
+    if calls == "none":
+        return ["body: TEXT", text]
+    begin = _written(form.begin, tokens)
+    if form.only_first:
+        return [f"body: TEXT | {begin} calls", text]
+    if form.begin in tokens:
+        return [f"body: TEXT ({begin} calls)?", text]
+    # A lazy lexeme ends as soon as the marker is complete, which is where TEXT cannot go on.
+    return ["body: TEXT | begin calls", "begin[lazy]: BEGIN", f"BEGIN: /{_ANY}{marker}/{not_reasoning}", text]
+
+
+def _calls(form: ToolFormat, names: list[str], several: bool, tokens: Mapping[str, int]) -> list[str]:
+    further = ""
+    if several and form.separator is not None:
+        further = f"({_written(form.separator, tokens)} call){{0,{MAX_CALLS - 1}}} "
+    one_of = " | ".join(f"{_written(form.before + name + form.between, tokens)} @t{i}" for i, name in enumerate(names))
+    return [
+        f"calls: {_written(form.opening, tokens)} call {further}{_written(form.close, tokens)}",
+        f"call: ({one_of}) {_written(form.end, tokens)}",
+    ]
+
+
+def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+    # The library's own options are not for callers to set.
+    options = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    return {**schema, "x-guidance": options}
+
+
+def _written(text: str, tokens: Mapping[str, int]) -> str:
+    """A fixed text in Lark; special tokens stand in it by their ids."""
+    if not text:
+        return ""
+    pieces = re.split("(" + "|".join(map(re.escape, tokens)) + ")", text) if tokens else [text]
+    return " ".join(f"<[{tokens[piece]}]>" if piece in tokens else json.dumps(piece) for piece in pieces if piece)
+
+
+def _regex(text: str) -> str:
+    """A fixed text inside of an expression between slashes."""
+    return re.sub(r"[^\w\s<>\":=,]", lambda found: "\\" + found[0], text)

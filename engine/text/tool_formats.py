@@ -1,0 +1,161 @@
+"""How models write calls of tools, as data: what a grammar is made of, and what the answer is read by.
+
+    Let me see. <tool_call>\\n{"name": "clock", "arguments": {"zone": "UTC"}}\\n</tool_call>
+    text        begin      ^ before    name ^ between  arguments           ^ end
+
+A further call follows `separator`; after the last one stands `close`. Which format a model was trained on is found from
+its chat template. One whose template shows no tools is told about them in a system message of ours (GENERIC).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.text.chat_template import ChatTemplate
+
+THINK = "<think>"
+THINK_END = "</think>"
+"""Around what a model says to itself before it answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolFormat:
+    """One way to write calls. `begin` may be a special token of the model; the other texts may hold some."""
+
+    name: str
+    begin: str  # never part of an answer's text
+    opening: str = ""  # follows it
+    before: str = '{"name": "'
+    between: str = '", "arguments": '
+    end: str = "}"
+    separator: str | None = None  # None: one call is all
+    close: str = ""
+    only_first: bool = False  # calls take the place of text: `begin` counts at the answer's first character alone
+    id_length: int | None = None  # of calls, where the template insists on it
+    is_templated: bool = True  # the chat template shows tools, calls and results
+
+    @property
+    def markers(self) -> str:
+        """All texts, to look for special tokens in."""
+        parts = (self.begin, self.opening, self.before, self.between, self.end, self.separator or "", self.close)
+        return " ".join(parts)
+
+
+_TAGGED: dict[str, Any] = {
+    "begin": "<tool_call>",
+    "opening": "\n",
+    "end": "}\n</tool_call>",
+    "separator": "\n<tool_call>\n",
+}
+HERMES = ToolFormat(name="hermes", **_TAGGED)
+GENERIC = ToolFormat(name="generic", **_TAGGED, is_templated=False)
+LLAMA3_JSON = ToolFormat(
+    name="llama3_json", begin='{"name": "', before="", between='", "parameters": ', only_first=True
+)
+MISTRAL = ToolFormat(name="mistral", begin="[TOOL_CALLS]", opening="[", separator=", ", close="]", id_length=9)
+
+FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, GENERIC)}
+
+
+def find_format(template: ChatTemplate) -> ToolFormat:
+    """The format that a template renders calls in. GENERIC where it shows no tools, or in a way not known here."""
+    source = template.source
+    if not template.reads("tools"):
+        return GENERIC
+    # Newer templates of these families put other things between the same markers.
+    if "<tool_call>" in source and not any(other in source for other in ("<function=", "<arg_key>")):
+        return HERMES
+    if "[TOOL_CALLS]" in source and not any(other in source for other in ("[ARGS]", "[CALL_ID]")):
+        return MISTRAL
+    if '"parameters": ' in source and "ipython" in source:
+        return LLAMA3_JSON
+    return GENERIC
+
+
+def has_reasoning(template: ChatTemplate) -> bool:
+    """Whether a template knows of text between <think> and </think>."""
+    return THINK_END in template.source
+
+
+_INTRODUCTION = """\
+You can call functions. Those that there are, each as a JSON object on a line of its own:
+<tools>
+{tools}
+</tools>
+To call one, answer with its name and its arguments, which follow its parameters, in this form:
+<tool_call>
+{{"name": "the function's name", "arguments": {{"a parameter": "its value"}}}}
+</tool_call>
+What it returned then comes as <tool_response>."""
+
+
+def generic_history(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, *, shows_system: bool
+) -> list[dict[str, Any]]:
+    """A conversation in plain messages, for a template that knows no tools.
+
+    The tools are described in the system message, or with the first message where the template shows none of that
+    role. Calls become the assistant's text as it wrote them, results messages of the user, those that follow each
+    other one message: many templates insist on turns.
+    """
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("role") == "tool":
+            result = f"<tool_response>\n{_text(message.get('content'))}\n</tool_response>"
+            if plain and plain[-1].pop("is_result", False):
+                result = f"{plain.pop()['content']}\n{result}"
+            plain.append({"role": "user", "content": result, "is_result": True})
+            continue
+        made = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
+        if calls := message.get("tool_calls"):
+            written = [_written(call["function"]) for call in calls]
+            made["content"] = "\n".join([text for text in (_text(message.get("content")),) if text] + written)
+        plain.append(made)
+    for message in plain:
+        message.pop("is_result", None)
+    if tools:
+        _introduce(plain, tools, shows_system=shows_system)
+    return plain
+
+
+def _introduce(plain: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], *, shows_system: bool) -> None:
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    introduction = _INTRODUCTION.format(tools=listed)
+    if plain and plain[0].get("role") == ("system" if shows_system else "user"):
+        texts = (_text(plain[0].get("content")), introduction)
+        first = texts if shows_system else texts[::-1]
+        plain[0] = {**plain[0], "content": "\n\n".join(text for text in first if text)}
+    else:
+        plain.insert(0, {"role": "system" if shows_system else "user", "content": introduction})
+
+
+def _written(function: Mapping[str, Any]) -> str:
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return f"<tool_call>\n{GENERIC.before}{function['name']}{GENERIC.between}{arguments}{GENERIC.end}"
+
+
+def _text(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part["text"] for part in content)
+
+
+def shorten_ids(messages: Sequence[Mapping[str, Any]], length: int) -> list[dict[str, Any]]:
+    """Ids of calls cut to their last characters, in calls and results alike, for templates that insist on a length."""
+
+    def short(id: str) -> str:
+        kept = "".join(c for c in id if c.isascii() and c.isalnum())
+        return kept[-length:].rjust(length, "0")
+
+    made: list[dict[str, Any]] = []
+    for message in messages:
+        changed = dict(message)
+        if (id := message.get("tool_call_id")) is not None:
+            changed["tool_call_id"] = short(id)
+        if calls := message.get("tool_calls"):
+            changed["tool_calls"] = [{**call, "id": short(call.get("id") or str(i))} for i, call in enumerate(calls)]
+        made.append(changed)
+    return made

@@ -1,0 +1,138 @@
+"""Which format a template's model writes, and what becomes of tools where a template knows none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+
+from engine.sampling.limits import parser_limits
+from engine.sampling.masks import make_tokenizer
+from engine.sampling.tool_grammar import Calls, tool_grammar
+from engine.text import ChatTemplate, ModelText, Tokenizer
+from engine.text.answer_parser import AnswerParser, Arguments, CallBegin
+from engine.text.tool_formats import FORMATS, find_format, generic_history, has_reasoning, shorten_ids
+from engine.weights import PackedModel
+from tests.engine.text.test_model_templates import LLAMA2, LLAMA3, MISTRAL, TOOL, ZEPHYR, render, said
+from tests.engine.text.tool_templates import DISTILLED, GEMMA, QWEN, QWEN_CODER
+
+CALLS: list[dict[str, Any]] = [
+    {"id": "call_abcdefghi1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}},
+    {"id": "call_abcdefghi2", "type": "function", "function": {"name": "clock", "arguments": {"zone": "é"}}},
+]
+
+
+def history(num_calls: int) -> list[dict[str, Any]]:
+    calls = CALLS[:num_calls]
+    results = [{"role": "tool", "content": f"noon {i}", "tool_call_id": call["id"]} for i, call in enumerate(calls)]
+    return [
+        *said("What time is it?"),
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        *results,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected", "reasons"),
+    [
+        (QWEN, "hermes", True),
+        (LLAMA3, "llama3_json", False),
+        (MISTRAL, "mistral", False),
+        (QWEN_CODER, "generic", False),
+        (LLAMA2, "generic", False),
+        (ZEPHYR, "generic", False),
+        (GEMMA, "generic", False),
+        (DISTILLED, "generic", True),
+    ],
+)
+def test_formats_are_found(source: str, expected: str, reasons: bool) -> None:
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    assert (find_format(template).name, has_reasoning(template)) == (expected, reasons)
+
+
+@pytest.mark.parametrize(("source", "num_calls"), [(QWEN, 2), (LLAMA3, 1), (MISTRAL, 1)])
+def test_what_a_template_renders_is_what_its_format_reads(source: str, num_calls: int) -> None:
+    """A call of the history as the template shows it to the model is one that the parser finds."""
+    form = find_format(ChatTemplate(source))
+    messages = history(num_calls)
+    if form.id_length is not None:
+        messages = shorten_ids(messages, form.id_length)
+    made = render(source, messages, tools=[TOOL])
+    if form.name == "mistral":  # the template puts a space and ids between, which models do not write
+        made = made.replace("[TOOL_CALLS] ", "[TOOL_CALLS]").replace(", bcdefghi1", "")
+        assert "noon 0" in made and made != render(source, messages, tools=[TOOL])
+    shown = made[made.rindex("assistant") if source != MISTRAL else 0 :] if source == LLAMA3 else made
+    start = made.rindex(form.begin) if num_calls == 1 else made.rindex("assistant\n<tool_call>") + len("assistant\n")
+    shown = made[start:]
+    ends = ("<|im_end|>", "<|eot_id|>", "</s>")
+    shown = shown[: min(at for end in ends if (at := shown.find(end)) >= 0)]
+    parser = AnswerParser(form)
+    events = parser.feed(shown) + parser.finish()
+    assert [event.name for event in events if isinstance(event, CallBegin)] == ["clock"] * num_calls
+    arguments = [json.loads(event.text) for event in events if isinstance(event, Arguments)]
+    assert arguments == [call["function"]["arguments"] for call in CALLS[:num_calls]]
+
+
+def test_tools_in_plain_messages() -> None:
+    plain = generic_history(history(2), [TOOL], shows_system=True)
+    assert [message["role"] for message in plain] == ["system", "user", "assistant", "user"]
+    assert '{"name": "clock", "description": "The time"' in plain[0]["content"]
+    parser = AnswerParser(FORMATS["generic"])
+    events = parser.feed(plain[2]["content"]) + parser.finish()
+    assert [event.index for event in events if isinstance(event, CallBegin)] == [0, 1]
+    assert plain[3]["content"] == (
+        "<tool_response>\nnoon 0\n</tool_response>\n<tool_response>\nnoon 1\n</tool_response>"
+    )
+    ruled = generic_history([{"role": "system", "content": "Be brief."}, *history(1)], [TOOL], shows_system=True)
+    assert ruled[0]["content"].startswith("Be brief.\n\nYou can call functions.") and len(ruled) == 4
+    assert generic_history(said("Hi"), None, shows_system=True) == said("Hi")
+
+
+@pytest.mark.parametrize("source", [GEMMA, LLAMA2, ZEPHYR])
+def test_templates_that_insist_on_turns_show_it_all(source: str) -> None:
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    assert template.shows_system() is (source != GEMMA)
+    plain = generic_history(history(2), [TOOL], shows_system=template.shows_system())
+    made = template.render(plain).text
+    for text in ('"name": "clock"', "What time is it?", '{"zone": "é"}', "noon 0", "noon 1"):
+        assert text in made
+
+
+def test_ids_of_the_length_that_a_template_wants() -> None:
+    made = shorten_ids(history(2), 9)
+    assert [call["id"] for call in made[1]["tool_calls"]] == ["bcdefghi1", "bcdefghi2"]
+    assert [message["tool_call_id"] for message in made[2:]] == ["bcdefghi1", "bcdefghi2"]
+    assert render(MISTRAL, made, tools=[TOOL]).count("noon") == 2
+    assert shorten_ids([{"role": "tool", "tool_call_id": "x", "content": ""}], 9)[0]["tool_call_id"] == "00000000x"
+
+
+def test_markers_that_are_special_tokens(default_model: PackedModel) -> None:
+    """They are made by their own tokens alone, in the order that the format says, and shown to the parser."""
+    template = ChatTemplate(QWEN)
+    form = dataclasses.replace(FORMATS["mistral"], begin="<repo_name>", separator="<file_sep>")
+    text = ModelText(Tokenizer.from_info(default_model.info), template, tool_format=form)
+    assert set(text.marker_ids) == {"<repo_name>", "<file_sep>"}
+    begin, between = (text.marker_ids[name] for name in ("<repo_name>", "<file_sep>"))
+    schemas = {"f": {"type": "object", "properties": {}, "additionalProperties": False}}
+    tokenizer = make_tokenizer(text.tokenizer, text.tokenizer.vocab_size)
+
+    def allows(token_ids: list[int], calls: Calls) -> bool:
+        grammar = tool_grammar(form, schemas, calls=calls, special=text.marker_ids)
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+        assert not matcher.is_error(), matcher.get_error()
+        return bool(matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting())
+
+    def plain(written: str) -> list[int]:
+        return text.encode(written, add_special_tokens=False)
+
+    call = plain(form.before + "f" + form.between + "{}" + form.end)
+    two = [begin, *plain("["), *call, between, *call, *plain("]")]
+    assert allows(two, "required") and allows([*plain("Well."), *two], "auto") and not allows(two, "none")
+    assert not allows([*plain("<repo_name>["), *call, *plain("]")], "auto"), "its text is not the token"
+    for show, calls in ((True, ["f", "f"]), (False, [])):
+        stream, parser = text.stream(show_markers=show), AnswerParser(form)
+        events = parser.feed("".join(map(stream.push, two))) + parser.finish()
+        assert [event.name for event in events if isinstance(event, CallBegin)] == calls

@@ -1,0 +1,70 @@
+"""Chat templates of families that call tools: the structure of the published ones, in words of our own."""
+
+from __future__ import annotations
+
+QWEN = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' + (messages[0].content if messages[0].role == 'system' else 'You help.') }}
+    {{- "\\n\\n# Tools\\n<tools>" }}
+    {%- for tool in tools %}{{- "\\n" + tool | tojson }}{%- endfor %}
+    {{- "\\n</tools>\\n<tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <object>}\\n</tool_call><|im_end|>\\n" }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if message.reasoning_content %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content or '' }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n' if message.content or not loop.first }}
+            {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+QWEN_CODER = """\
+{%- for tool in tools or [] %}{{ tool.function.name }}{%- endfor %}
+{%- for message in messages %}
+    {{- message.role + ': ' + (message.content or '') }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>\\n<function=' + call.function.name + '>\\n</function>\\n</tool_call>' }}
+    {%- endfor %}
+    {%- if message.role == 'tool' %}{{- '!' }}{%- endif %}
+{%- endfor %}
+"""
+
+DISTILLED = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '[A]' + (message.content or '').split('</think>')[-1] + '[E]' }}
+    {%- else %}
+        {{- '[U]' + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '[A]<think>\\n' }}{%- endif %}
+"""
+"""It begins every answer's reasoning itself."""
+
+GEMMA = """\
+{%- if messages[0].role == 'system' %}{{- raise_exception('No system role.') }}{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('In turns.') }}{%- endif %}
+    {{- '<' + message.role + '>' + message.content | trim }}
+{%- endfor %}
+"""
