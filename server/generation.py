@@ -15,6 +15,7 @@ from starlette.types import Receive
 from engine.backends.base import Engine
 from engine.errors import EngineDeadError, EngineError
 from engine.request import FinishReason, Request, TokenDelta, TokenLogprobs
+from engine.text.tool_formats import ToolFormat
 from server.errors import ClientDisconnectedError, DeadlineError
 from server.metrics import ModelMetrics
 from server.schemas.common import Usage, usage
@@ -54,6 +55,25 @@ class Text(Protocol):
         """Whether there is a chat template."""
         ...
 
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How calls of tools are written; None without a chat template."""
+        ...
+
+    @property
+    def reasons(self) -> bool:
+        """Whether answers may begin with reasoning."""
+        ...
+
+    @property
+    def marker_ids(self) -> Mapping[str, int]:
+        """Ids of those of the texts around calls and reasoning that are special tokens."""
+        ...
+
+    def begins_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with the start of reasoning, which its answer then goes on with."""
+        ...
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
         """Token ids of a conversation, by default ready for the assistant's turn; `arguments` are the template's.
 
@@ -73,11 +93,18 @@ class Text(Protocol):
         ...
 
     def stream(
-        self, stop: Sequence[str], min_tokens: int, *, include_stop: bool = False, skip_special: bool = True
+        self,
+        stop: Sequence[str],
+        min_tokens: int,
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
+        show_markers: bool = False,
     ) -> TextStream:
         """A stream for one choice. Stop strings that end within the first `min_tokens` tokens do not count.
 
-        The one that ends it is shown with `include_stop`, special tokens are without `skip_special`."""
+        The one that ends it is shown with `include_stop`, special tokens are without `skip_special`, those around
+        calls of tools and reasoning with `show_markers`."""
         ...
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:

@@ -271,7 +271,9 @@ def served(
     kind = kind_of(packed.info)
     text: ModelText | EncoderText
     if kind is Kind.GENERATE:
-        text = ModelText.from_info(packed.info, chat_template=settings.chat_template_source())
+        text = ModelText.from_info(
+            packed.info, chat_template=settings.chat_template_source(), tool_format=settings.tool_format_name()
+        )
     else:
         text = EncoderText.from_info(packed.info)
     return ServedModel(

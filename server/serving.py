@@ -187,7 +187,15 @@ def _run(
         if error is None:
             gc.freeze()  # what is loaded stays: later collections need not walk it
             tables = [
-                Table(one.names, one.capabilities(), one.generation_defaults, one.text.chats, one.kind, one.host)
+                Table(
+                    one.names,
+                    one.capabilities(),
+                    one.generation_defaults,
+                    one.text.chats,
+                    one.kind,
+                    one.host,
+                    one.text.tool_format.name if one.text.tool_format is not None else "",
+                )
                 for one in models
             ]
             print(banner(settings, tables, listener.getsockname()[1]), flush=True)
@@ -230,7 +238,8 @@ def _run(
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What a start says of one model; `chats`: it has a chat template; `host` is the model whose threads it shares."""
+    """What a start says of one model; `chats`: it has a chat template; `host` is the model whose threads it shares;
+    `tools` is how it writes calls of them."""
 
     names: Sequence[str]
     known: Capabilities
@@ -238,6 +247,7 @@ class Table:
     chats: bool = True
     kind: Kind = Kind.GENERATE
     host: str = ""
+    tools: str = ""
 
     def rows(self) -> dict[str, str]:
         known = self.known
@@ -250,7 +260,7 @@ class Table:
         }
         if self.kind is Kind.GENERATE:
             sampling = ", ".join(f"{name} {value:g}" for name, value in self.defaults.items())
-            return {**same, "KV cache": _kv_cache(known), "sampling": sampling}
+            return {**same, "KV cache": _kv_cache(known), "sampling": sampling, "tools": self.tools}
         assert known.encoder is not None
         if self.kind is Kind.SCORE:
             return {**same, "scores": f"{known.encoder.num_labels} label{'s' if known.encoder.num_labels != 1 else ''}"}

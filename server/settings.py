@@ -61,6 +61,8 @@ MODEL, ACCESS, MEMORY_GROUP, BATCHES, MACHINE, REQUESTS, RUNNING = (
     "Configuration and logs",
 )
 MAX_TOKENS = 1 << 28
+FORMATS_OF_TOOLS = ("hermes", "llama3_json", "mistral", "generic")
+"""engine.text.tool_formats.FORMATS, which would be slow to import."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,13 @@ class Settings:
     )
     chat_template: Path | None = option(  # noqa: RUF009  # a field, as every other
         None, "File with a chat template to use instead of the model's.", FILE, MODEL
+    )
+    tool_format: str = option(
+        "auto",
+        "How the model writes calls of tools; auto: as its chat template shows, and as we describe it to the model "
+        "(generic) where that shows none.",
+        choice("auto", *FORMATS_OF_TOOLS),
+        MODEL,
     )
     generation_config: str | GenerationConfig = option(  # noqa: RUF009
         "auto",
@@ -307,6 +316,10 @@ class Settings:
             return self.chat_template.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--chat-template {self.chat_template} cannot be read: {error}.") from None
+
+    def tool_format_name(self) -> str | None:
+        """The operator's format of calls of tools, None where the template tells it."""
+        return None if self.tool_format == "auto" else self.tool_format
 
     @property
     def model_names(self) -> list[tuple[str, ...]]:

@@ -11,8 +11,9 @@ from server.admission import Principal
 from server.generation import Piece
 from server.kinds import Kind
 from server.routes.body import read_body
+from server.routes.calls import EventWriter, message_of, reading
 from server.routes.service import Service, answer_id, principal_of, service_of
-from server.schemas.chat import AnswerMessage, ChatChoice, ChatChunks, ChatCompletion, ChatCompletionRequest
+from server.schemas.chat import ChatChoice, ChatChunks, ChatCompletion, ChatCompletionRequest
 from server.schemas.common import NO_DETAILS, TokenDetails
 from server.schemas.logprobs import LogprobWriter
 from server.streaming import EventStream
@@ -32,10 +33,17 @@ async def create_chat_completion(
     messages = body.for_template()
     service.need_ready(model)
     prompt = await service.encode_chat(model, messages, body.template_arguments())
-    grammar = await service.grammar(model, body)
+    how = await reading(service, model, body, prompt)
     id, created = answer_id("chatcmpl"), int(time.time())
     choices = service.choices(
-        model, body, [prompt], answer_id=id, principal=principal, param="messages", grammar=grammar
+        model,
+        body,
+        [prompt],
+        answer_id=id,
+        principal=principal,
+        param="messages",
+        grammar=how.grammar,
+        show_markers=how.parser is not None,
     )
     writer = LogprobWriter(model.text, as_ids=bool(body.return_tokens_as_token_ids))
     if body.stream:
@@ -55,9 +63,11 @@ async def create_chat_completion(
                 token_ids=piece.token_ids if body.return_token_ids else None,
             )
 
-        events = service.events(model, choices, request, encoder, body, details=details)
+        write = None if how.parser is None else EventWriter(how, encoder, details)
+        events = service.events(model, choices, request, encoder, body, details=details, write=write)
         return EventStream(events, headers=headers, request_id=request.state.request_id)
     answers, usage = await service.whole(model, choices, request)
+    read = [message_of(one, how) for one in answers]
     answer = ChatCompletion(
         id=id,
         created=created,
@@ -66,12 +76,12 @@ async def create_chat_completion(
         choices=[
             ChatChoice(
                 index=i,
-                message=AnswerMessage(content=one.text),
+                message=message,
                 logprobs=writer.chat(one.tokens) if body.logprobs else None,
-                finish_reason=one.finish_reason,
+                finish_reason=reason,
                 token_ids=one.token_ids if body.return_token_ids else None,
             )
-            for i, one in enumerate(answers)
+            for i, (one, (message, reason)) in enumerate(zip(answers, read, strict=True))
         ],
         usage=usage,
         prompt_logprobs=None

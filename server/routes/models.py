@@ -27,6 +27,8 @@ def _model(model: ServedModel, name: str) -> Model:
         generation_defaults=dict(model.generation_defaults),
         kind=model.kind,
         state=model.state,
+        tool_format=None if model.text.tool_format is None else model.text.tool_format.name,
+        reasoning=model.text.reasons,
     )
 
 

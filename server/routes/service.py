@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -43,6 +43,8 @@ from server.streaming import DONE, KEEP_ALIVE
 
 MAX_UNCHECKED = 64
 """Most grammars that wait to be checked; each may take a second."""
+
+Checked = TypeVar("Checked")
 
 LONG_TEXT = 16_384
 """Characters (or tokens, the other way) above which tokenizing leaves the event loop, which streams wait for."""
@@ -224,12 +226,18 @@ class Service:
         known = self.grammars.cached(form, param)
         if known is not None:
             return known
+        return await self.checked(self.grammars.compile, form, param)
+
+    async def checked(self, check: Callable[..., Checked], *arguments: Any) -> Checked:
+        """What a check of a grammar gives, made outside the event loop, one after another.
+
+        Raises EngineOverloadedError where too many wait already.
+        """
         if self._num_unchecked >= MAX_UNCHECKED:
             raise EngineOverloadedError("Too many grammars wait to be checked. Try again later.")
         self._num_unchecked += 1
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._grammar_thread, self.grammars.compile, form, param)
+            return await asyncio.get_running_loop().run_in_executor(self._grammar_thread, check, *arguments)
         finally:
             self._num_unchecked -= 1
 
@@ -244,6 +252,7 @@ class Service:
         param: str,
         default_max_tokens: int | None = None,
         grammar: str | None = None,
+        show_markers: bool = False,
     ) -> list[Choice]:
         """One choice per prompt and answer asked for, in the order of the answer's indices.
 
@@ -291,6 +300,7 @@ class Service:
                     sampling.min_tokens,
                     include_stop=sampling.include_stop_str_in_output,
                     skip_special=sampling.skip_special_tokens,
+                    show_markers=show_markers,
                 )
                 choices.append(Choice(index, request, stream, keeps_token_ids=bool(body.return_token_ids)))
         return choices
@@ -329,9 +339,11 @@ class Service:
         *,
         prelude_details: Callable[[Piece], TokenDetails] = without_details,
         details: Callable[[Piece], TokenDetails] = without_details,
+        write: Callable[[Piece, Usage | None], list[bytes]] | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events of streamed answers. `preludes`, by index, is text that comes before a choice's own;
-        `prelude_details`, of a choice's first piece, and `details` are what chunks say of tokens."""
+        `prelude_details`, of a choice's first piece, and `details` are what chunks say of tokens. `write` makes the
+        chunks of a piece where they are more than its text."""
         interval = self.settings.keep_alive_interval
         begun: set[int] = set()
         async with self.generate(model, choices, http) as generation:
@@ -347,6 +359,9 @@ class Service:
                         if preludes:
                             prelude = preludes[piece.index]
                             frames.append(encoder.text(piece.index, prelude, usage, prelude_details(piece)))
+                    if write is not None:
+                        frames += write(piece, usage)
+                        continue
                     if piece.text or piece.tokens or piece.token_ids:
                         frames.append(encoder.text(piece.index, piece.text, usage, details(piece)))
                     if piece.finish_reason is not None:

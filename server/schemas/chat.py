@@ -8,12 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from engine.errors import RequestError
-from engine.request import MAX_LOGPROBS
+from engine.request import IGNORE_EOS_REASON, MAX_LOGPROBS
+from engine.text.answer_parser import Arguments, CallBegin, Event, Reasoning
 from server.schemas.body import Body
 from server.schemas.common import NO_DETAILS, ChunkEncoder, GenerationBody, TokenDetails, Usage, is_none
 from server.schemas.conversation import MAX_TOOL_CALLS, TemplateBody, ToolCall
 from server.schemas.fields import CHAT_FIELDS, MESSAGE_FIELDS, Inspection, Table, inspect
 from server.schemas.logprobs import ChatLogprobs, PromptLogprobs
+from server.schemas.tools import AnswerToolCall, ToolChoice, chosen
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -124,10 +126,34 @@ class ChatCompletionRequest(GenerationBody, TemplateBody):
         None, ge=0, le=MAX_LOGPROBS, description="With each token those of so many of the most likely ones."
     )
 
+    tool_choice: ToolChoice = Field(
+        None,
+        description="none, auto (the default), required, a function by its name, or allowed_tools.",
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Whether an answer may call several times; by default.")
+
     def inspect(self) -> Inspection:
+        calls, _ = chosen(self.tool_choice, self.tools or ())
+        if calls != "none":
+            self._inspect_calls()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: set it to true.", param="top_logprobs")
         return super().inspect() + inspect_messages(self.messages)
+
+    def _inspect_calls(self) -> None:
+        """Raise RequestError for what does not go together with calls."""
+        if (form := self.asked_form()) is not None:
+            raise RequestError(
+                f"{form[1]} and calls of tools exclude each other: leave one out, or set tool_choice to 'none'.",
+                param=form[1],
+            )
+        for name in ("stop", "stop_token_ids"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} would cut calls of tools in two: leave it out, or set tool_choice to 'none'.", param=name
+                )
+        if self.ignore_eos:
+            raise RequestError(IGNORE_EOS_REASON, param="ignore_eos")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -142,17 +168,25 @@ class ChatCompletionRequest(GenerationBody, TemplateBody):
         return templated(self.messages)
 
 
+FinishedBy = Literal["stop", "length", "tool_calls"]
+
+
 class AnswerMessage(BaseModel):
+    """`content` is null where there are calls alone. Reasoning stands under both names that clients know."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning: str | None = Field(None, exclude_if=is_none)
+    reasoning_content: str | None = Field(None, exclude_if=is_none)
+    tool_calls: list[AnswerToolCall] | None = Field(None, exclude_if=is_none)
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishedBy
     token_ids: list[int] | None = Field(None, exclude_if=is_none, description="With return_token_ids.")
 
 
@@ -185,6 +219,24 @@ class ChatChunks(ChunkEncoder):
     def text(self, index: int, text: str, usage: Usage | None = None, details: TokenDetails = NO_DETAILS) -> bytes:
         choice = b'{"index":%d,"delta":{"content":%b},%b"finish_reason":null}'
         return self._head + choice % (index, self._encode(text), self._details(details)) + self._end(usage)
+
+    def event(
+        self, index: int, event: Event, call_id: str, usage: Usage | None = None, details: TokenDetails = NO_DETAILS
+    ) -> bytes:
+        """What a parsed answer gained; `call_id` is that of a call that begins."""
+        delta: dict[str, Any]
+        match event:
+            case Reasoning(text):
+                delta = {"reasoning": text, "reasoning_content": text}
+            case CallBegin(call, name):
+                function = {"name": name, "arguments": ""}
+                delta = {"tool_calls": [{"index": call, "id": call_id, "type": "function", "function": function}]}
+            case Arguments(call, text):
+                delta = {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
+            case _:
+                return self.text(index, event.text, usage, details)
+        choice = b'{"index":%d,"delta":%b,%b"finish_reason":null}'
+        return self._head + choice % (index, self._encode(delta), self._details(details)) + self._end(usage)
 
     def finish(self, index: int, reason: str, usage: Usage | None = None) -> bytes:
         choice = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}'

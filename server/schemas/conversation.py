@@ -13,6 +13,7 @@ from engine.text.chat_template import need_free
 from server.schemas.body import Body
 from server.schemas.common import RequestBody
 from server.schemas.fields import Inspection
+from server.schemas.tools import Tools, inspect_tools
 
 MAX_TOOL_CALLS = 128
 MAX_TEMPLATE_VARIABLES = 64
@@ -61,6 +62,7 @@ class ToolCall(Body):
 class TemplateBody(RequestBody):
     """How a conversation is rendered. Null means the default throughout."""
 
+    tools: Tools | None = Field(None, description="Functions that the model may call.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, max_length=MAX_TEMPLATE_VARIABLES, description="Variables of the chat template by name, up to 64 KiB."
     )
@@ -81,13 +83,15 @@ class TemplateBody(RequestBody):
             )
         if self.chat_template_kwargs:
             _check_variables(self.chat_template_kwargs)
-        return found
+        return found + inspect_tools(self.tools or ())
 
     def template_arguments(self) -> dict[str, Any]:
         """What a text side's `encode_chat` takes beside the messages."""
         continued = bool(self.continue_final_message)
         begun = not continued if self.add_generation_prompt is None else self.add_generation_prompt
-        arguments = {"add_generation_prompt": begun, "continue_final_message": continued}
+        arguments: dict[str, Any] = {"add_generation_prompt": begun, "continue_final_message": continued}
+        if self.tools:
+            arguments["tools"] = [tool.for_template() for tool in self.tools]
         return {**(self.chat_template_kwargs or {}), **arguments}
 
 

@@ -53,6 +53,8 @@ _SERVED = {
     "generation_defaults": {"temperature": 0.2, "top_p": 0.9},
     "kind": "generate",
     "state": "ready",
+    "tool_format": "generic",
+    "reasoning": False,
 }
 _LOADED = {
     "object": "model",

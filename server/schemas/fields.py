@@ -52,6 +52,8 @@ def refused(*no_ops: Any, reason: str = NOT_SUPPORTED) -> Field:
 
 _TEMPLATE_REASON = "cannot be set by a request: chat templates come from the model or the operator"
 
+_FUNCTIONS_REASON = "is not supported by this server: use tools and tool_choice, which took its place"
+
 _SAMPLING: dict[str, Field] = {
     # The OpenAI API.
     "model": WORKS,
@@ -110,11 +112,11 @@ CHAT_FIELDS: Table = {
     "max_completion_tokens": WORKS,
     "logprobs": WORKS,
     "top_logprobs": WORKS,
-    "tools": refused([]),
-    "tool_choice": refused("none", "auto"),
-    "functions": refused([]),
-    "function_call": refused("none", "auto"),
-    "parallel_tool_calls": HINT,  # says how tools may be called, and there are none
+    "tools": WORKS,
+    "tool_choice": WORKS,
+    "functions": refused([], reason=_FUNCTIONS_REASON),
+    "function_call": refused("none", "auto", reason=_FUNCTIONS_REASON),
+    "parallel_tool_calls": WORKS,
     "modalities": refused(["text"]),
     "audio": refused(),
     "moderation": refused(),
@@ -199,7 +201,7 @@ TOKENIZE_FIELDS: Table = {
     "add_generation_prompt": WORKS,
     "continue_final_message": WORKS,
     "return_token_strs": WORKS,
-    "tools": refused([]),
+    "tools": WORKS,
     "chat_template": refused(reason=_TEMPLATE_REASON),
     "chat_template_kwargs": WORKS,
     "mm_processor_kwargs": refused({}),
@@ -240,6 +242,18 @@ STRUCTURED_OUTPUT_FIELDS: Table = {
     "disable_additional_properties": refused(False),
     "whitespace_pattern": refused(),
     "structural_tag": refused(),
+}
+
+TOOL_FIELDS: Table = {
+    "type": WORKS,
+    "function": WORKS,
+}
+
+FUNCTION_FIELDS: Table = {
+    "name": WORKS,
+    "description": WORKS,
+    "parameters": WORKS,
+    "strict": WORKS,
 }
 
 MESSAGE_FIELDS: Table = {

@@ -16,7 +16,8 @@ class Model(BaseModel):
     this machine; load generators take their tokenizer by it where they are given none. `generation_defaults` are the
     sampling fields that a request gets where it leaves them out. `kind` is what it is for ("generate": chat and
     completions, "embed": embeddings), `state` whether it would take a request now: ready, or starting, restarting,
-    draining, dead.
+    draining, dead. `tool_format` is how the model writes calls of tools, `reasoning` whether its answers may begin with
+    some.
     """
 
     id: str
@@ -29,6 +30,8 @@ class Model(BaseModel):
     generation_defaults: dict[str, float]
     kind: Kind
     state: str
+    tool_format: str | None
+    reasoning: bool
 
 
 class ModelList(BaseModel):

@@ -34,7 +34,7 @@ class TokenizeRequest(TemplateBody):
                 "add_special_tokens does not go with messages: the chat template places them.",
                 param="add_special_tokens",
             )
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
             if self.messages is None and getattr(self, name):
                 raise RequestError(f"{name} says how messages are rendered, and there are none.", param=name)
         return found + inspect_messages(self.messages or ())

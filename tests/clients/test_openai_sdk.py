@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolParam
 
 from tests.clients.live import CONTEXT, KEY, Live
 
@@ -138,6 +139,57 @@ def test_raw_answers_carry_the_request_id(sdk: OpenAI) -> None:
         model="tiny", messages=QUESTION, max_tokens=1, extra_headers={"x-request-id": "my-request"}
     )
     assert raw.headers["x-request-id"] == raw.parse()._request_id == "my-request"
+
+
+# Calls of tools
+
+TOOL: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "turn",
+        "description": "Turn the ship",
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"enum": ["left", "right"]}, "by": {"type": "integer", "minimum": 1, "maximum": 99}},
+            "required": ["to", "by"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+
+
+def test_calls_of_tools(sdk: OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_tokens": 200,
+    }
+    (choice,) = ask(sdk, **fields).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and call.function.name == "turn" and call.id.startswith("call_")
+    arguments = json.loads(call.function.arguments)
+    assert arguments["to"] in ("left", "right") and 1 <= arguments["by"] <= 99
+    with sdk.chat.completions.stream(model="tiny", messages=QUESTION, **fields) as stream:
+        events = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        (streamed,) = stream.get_final_completion().choices
+    assert "".join(event.arguments_delta for event in events) == call.function.arguments
+    assert streamed.finish_reason == "tool_calls" and streamed.message.tool_calls is not None
+    assert streamed.message.tool_calls[0].function.arguments == call.function.arguments
+    assert streamed.message.tool_calls[0].function.name == "turn"
+    sent_back = cast(ChatCompletionMessageParam, choice.message.to_dict())
+    onward = sdk.chat.completions.create(
+        model="tiny",
+        messages=[*QUESTION, sent_back, {"role": "tool", "tool_call_id": call.id, "content": "Turned."}],
+        tools=[TOOL],
+        tool_choice="none",
+        max_tokens=8,
+    )
+    assert onward.choices[0].message.content and not onward.choices[0].message.tool_calls
 
 
 # Completions

@@ -19,6 +19,7 @@ from engine.request import (
     Request,
     TokenDelta,
 )
+from engine.text.tool_formats import GENERIC, ToolFormat
 
 VOCAB_SIZE = 128
 EOS = 0
@@ -189,6 +190,11 @@ class FakeText:
 
     chats = True
 
+    def __init__(self, tool_format: ToolFormat = GENERIC, *, reasons: bool = False) -> None:
+        self.tool_format = tool_format
+        self.reasons = reasons
+        self.marker_ids: dict[str, int] = {}
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
         return [BOS] + [ord(c) % VOCAB_SIZE for message in messages for c in message["content"] or ""]
 
@@ -201,8 +207,17 @@ class FakeText:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
+    def begins_reasoning(self, prompt: Sequence[int]) -> bool:
+        return self.reasons and prompt[-7:] == [ord(c) for c in "<think>"]
+
     def stream(
-        self, stop: Sequence[str], min_tokens: int, *, include_stop: bool = False, skip_special: bool = True
+        self,
+        stop: Sequence[str],
+        min_tokens: int,
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
+        show_markers: bool = False,
     ) -> FakeStream:
         return FakeStream(stop, min_tokens, include_stop)
 

@@ -16,17 +16,20 @@ from server.schemas.fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     DETOKENIZE_FIELDS,
+    FUNCTION_FIELDS,
     JSON_SCHEMA_FIELDS,
     MESSAGE_FIELDS,
     RESPONSE_FORMAT_FIELDS,
     STREAM_OPTION_FIELDS,
     STRUCTURED_OUTPUT_FIELDS,
     TOKENIZE_FIELDS,
+    TOOL_FIELDS,
     Table,
     Use,
 )
 from server.schemas.structured import JsonSchema, ResponseFormat, StructuredOutputsBody
 from server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
+from server.schemas.tools import FunctionDefinition, Tool
 from tests.server.fakes import FakeEngine
 from tests.server.support import Client, chat, client_for, settings
 
@@ -92,6 +95,8 @@ def test_every_message_field_of_the_openai_package_is_classed() -> None:
         (RESPONSE_FORMAT_FIELDS, ResponseFormat),
         (JSON_SCHEMA_FIELDS, JsonSchema),
         (STRUCTURED_OUTPUT_FIELDS, StructuredOutputsBody),
+        (TOOL_FIELDS, Tool),
+        (FUNCTION_FIELDS, FunctionDefinition),
         (TOKENIZE_FIELDS, TokenizeRequest),
         (DETOKENIZE_FIELDS, DetokenizeRequest),
     ],

@@ -46,6 +46,7 @@ VALUES: dict[str, tuple[str, str]] = {
     "quantization": ("int8", "int2"),
     "served_model_name": ("a", " "),
     "chat_template": (__file__, "/no/such/file"),
+    "tool_format": ("mistral", "xml"),
     "generation_config": ('{"temperature": 0.5}', "/no/such/file"),
     "default_max_tokens": ("7", "0"),
     "host": ("localhost", " "),

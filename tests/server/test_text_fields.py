@@ -265,6 +265,16 @@ def test_a_history_with_calls_of_tools(client: httpx.Client) -> None:
     assert post(client, "/v1/chat/completions", messages=history, max_tokens=2)["choices"]
 
 
+def test_tools_count_in_tokenize(client: httpx.Client) -> None:
+    tools = [{"type": "function", "function": {"name": "pour", "description": "Pour the tea"}}]
+    plain = post(client, "/tokenize", messages=[QUESTION])["count"]
+    with_tools = post(client, "/tokenize", messages=[QUESTION], tools=tools)["count"]
+    chat = post(client, "/v1/chat/completions", messages=[QUESTION], tools=tools, tool_choice="none", max_tokens=1)
+    assert chat["usage"]["prompt_tokens"] == with_tools > plain + 20
+    assert error(client, "/tokenize", prompt="a", tools=tools)["param"] == "tools"
+    assert error(client, "/tokenize", messages=[QUESTION], tools=[{}])["param"] == "tools.0.type"
+
+
 def with_call(**changes: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{**CALL, **changes}]}
 
