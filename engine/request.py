@@ -48,6 +48,11 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     grammar: str | None = None  # context-free, as Lark or GBNF write it
     disable_any_whitespace: bool = False  # JSON on one line, without a space
 
+    @property
+    def is_json(self) -> bool:
+        """Whether answers are JSON."""
+        return self.json_object or self.json is not None
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens and when to stop.

@@ -31,28 +31,35 @@ def tool_grammar(
     several: bool = True,
     thinks: Thinks = "no",
     special: Mapping[str, int] | None = None,
+    content: str | None = None,
 ) -> str:
     """A grammar as Request.grammar has it.
 
     `schemas` are those of the arguments by the tool's name, `several` allows more than one call. An answer `may` begin
     with reasoning, or `must` end what the prompt has begun. `special` has the ids of those of the format's texts that
-    are special tokens, which no text can make.
+    are special tokens, which no text can make. `content` is the grammar of JSON that an answer is where it does not
+    call; such an answer either calls at once or not at all, so the format must be one of `only_first`.
     """
     tokens = dict(special or {})
-    rules = [*_reasoning(thinks, tokens)]
+    rules = _reasoning(thinks, tokens)
     begin = _written(form.begin, tokens)
-    if calls == "required":
-        lead = "(think GAP?)? " if thinks == "may" else "think GAP? " if thinks == "must" else ""
-        rules.insert(0, f"start: {lead}{begin} calls")
-        rules.append(r"GAP: /[ \n]{1,4}/")
+    if calls == "required" or content is not None:
+        lead = {"no": "", "may": "(think GAP?)? ", "must": "think GAP? "}[thinks]
+        answer = f"{begin} calls"
+        if calls != "required":
+            assert form.only_first and calls == "auto", "JSON may hold what begins a call"
+            answer = f"(@content | {answer})"
+        rules = [f"start: {lead}{answer}", *rules, r"GAP: /[ \n]{1,4}/"]
     else:
-        rules[:0] = [f"start: {'think? ' if thinks == 'may' else 'think ' if thinks == 'must' else ''}body"]
-        rules += _free(form, calls, thinks, tokens)
+        lead = {"no": "", "may": "think? ", "must": "think "}[thinks]
+        rules = [f"start: {lead}body", *rules, *_free(form, calls, thinks, tokens)]
     if calls != "none":
         rules += _calls(form, list(schemas), several, tokens)
     grammars: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules) + "\n"}]
     if calls != "none":
         grammars += [{"name": f"t{i}", "json_schema": _schema(schema)} for i, schema in enumerate(schemas.values())]
+    if content is not None and calls == "auto":
+        grammars.append({**json.loads(content)["grammars"][0], "name": "content"})
     return json.dumps({"grammars": grammars}, ensure_ascii=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,12 +29,15 @@ class Reading:
 async def reading(service: Service, model: ServedModel, body: ChatCompletionRequest, prompt: list[int]) -> Reading:
     """Raises RequestError for tools that cannot be held to their schemas, naming the tool.
 
-    With tool_choice none the tools stay in the prompt, as in vLLM, and the answer cannot hold what begins a call.
+    Beside tools, a form of JSON is that of answers that call none. With tool_choice none the tools stay in the prompt,
+    as in vLLM, and the answer cannot hold what begins a call.
     """
     text = model.text
     calls, names = chosen(body.tool_choice, body.tools or ())
-    if body.asked_form() is not None:  # which begins at the answer's first character: nothing is said before it
-        return Reading(await service.grammar(model, body))
+    asked = body.asked_form()
+    content = await service.grammar(model, body)
+    if asked is not None and calls == "none":  # it begins at the answer's first character: nothing is said before it
+        return Reading(content)
     begun = text.begins_reasoning(prompt)
     thinks: Thinks = "must" if begun else "may" if text.reasons else "no"
     form = text.tool_format
@@ -41,6 +45,13 @@ async def reading(service: Service, model: ServedModel, body: ChatCompletionRequ
         if not text.reasons:
             return Reading()
         return Reading(None, lambda: AnswerParser(None, reasons=True, in_reasoning=begun))
+    if asked is not None and calls == "auto":
+        if form.only_first:
+            raise RequestError(
+                f"{asked[1]} and calls of tools cannot be told apart as {model.name} writes them: leave one out.",
+                param=asked[1],
+            )
+        form = dataclasses.replace(form, only_first=True)
     if "grammar" not in model.engine.capabilities().features:
         raise RequestError(f"{model.name} cannot be held to a form.", param="tools", code="unsupported_parameter")
     schemas = {
@@ -57,6 +68,7 @@ async def reading(service: Service, model: ServedModel, body: ChatCompletionRequ
             several=body.parallel_tool_calls is not False,
             thinks=thinks,
             special=special,
+            content=content if calls == "auto" else None,
         )
 
     plain = grammar({})

@@ -142,9 +142,9 @@ class ChatCompletionRequest(GenerationBody, TemplateBody):
 
     def _inspect_calls(self) -> None:
         """Raise RequestError for what does not go together with calls."""
-        if (form := self.asked_form()) is not None:
+        if (form := self.asked_form()) is not None and not form[0].is_json:
             raise RequestError(
-                f"{form[1]} and calls of tools exclude each other: leave one out, or set tool_choice to 'none'.",
+                f"{form[1]} must be JSON beside tools, or be left out: its text could hold what begins a call.",
                 param=form[1],
             )
         for name in ("stop", "stop_token_ids"):

@@ -12,10 +12,11 @@ import httpx
 import pytest
 
 from engine.request import FinishReason, Request, TokenDelta
-from engine.text.tool_formats import FORMATS, GENERIC, MISTRAL, ToolFormat
+from engine.text.tool_formats import FORMATS, GENERIC, LLAMA3_JSON, MISTRAL, ToolFormat
 from server.app import create_app
 from server.registry import ServedModel
 from server.settings import FORMATS_OF_TOOLS
+from tests.engine.sampling.test_tool_grammar import allows
 from tests.engine.text.test_answer_parser import write
 from tests.server.fakes import FakeEngine, FakeText, say
 from tests.server.support import Client, chat, chunks_of, settings, wait_until
@@ -140,6 +141,23 @@ async def test_the_choice_decides_the_grammar() -> None:
         assert "json_schema" in (await grammar(tool_choice="none", response_format=form))[0]
 
 
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+
+
+async def test_a_form_of_answers_that_do_not_call() -> None:
+    for form in (GENERIC, MISTRAL):
+        for said, calls in ((OSLO, []), (write(form, ("weather", OSLO)), [("weather", OSLO)])):
+            async with speaking(said, FakeText(form)) as (client, engine):
+                message, reason = await both(client, response_format=FORM)
+                assert called({"tool_calls": [], **message}) == calls
+                assert (message["content"], reason) == ((None, "tool_calls") if calls else (OSLO, "stop"))
+                grammar = engine.requests[-1].grammar
+                assert grammar is not None and allows(grammar, said) and not allows(grammar, "{}")
+    async with speaking("x", FakeText(LLAMA3_JSON)) as (client, _):
+        response = await client.post("/v1/chat/completions", json=chat(tools=[TOOL], response_format=FORM))
+        assert response.status_code == 400 and response.json()["error"]["param"].startswith("response_format")
+
+
 async def test_cut_off_within_a_call() -> None:
     written = write(GENERIC, ("weather", PARIS))
     async with speaking(written) as (client, _):
@@ -203,8 +221,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "must be none, auto, required"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function", "missing"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
-    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", "tool_choice to 'none'"),
-    ({"tools": [TOOL], "guided_regex": "a"}, "guided_regex", "exclude each other"),
+    ({"tools": [TOOL], "guided_regex": "a"}, "guided_regex", "must be JSON beside tools"),
     ({"tools": [TOOL], "stop": ["x"]}, "stop", "cut calls of tools"),
     ({"tools": [TOOL], "stop_token_ids": [5]}, "stop_token_ids", "cut calls of tools"),
     ({"tools": [TOOL], "ignore_eos": True}, "ignore_eos", "end could not be told"),
