@@ -48,6 +48,11 @@ def test_the_table() -> None:
     }
 
 
+def test_how_tools_are_called() -> None:
+    text = banner(settings(), [Table(("m",), KNOWN, {}, tools="hermes")], 9000)
+    assert "  tools      hermes\n" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "row", "said"),
     [
