@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,15 @@ def test_a_conversation_there_and_back(text: ModelText) -> None:
         if stream.stopped:
             break
     assert emitted == shown[: shown.index("Zoë")]
+
+
+def test_tools_that_are_nested_without_end(text: ModelText) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(5000):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with pytest.raises(RequestError, match="nested too deeply"):
+        text.encode_chat([{"role": "user", "content": "Hi"}], tools=[tool])
 
 
 def test_plain_text(text: ModelText) -> None:
