@@ -42,11 +42,10 @@ from engine.request import (
 )
 from engine.resident import describe_weights, num_parameters, resident_weights
 from engine.sampling.masks import Grammars, Vocabulary
-from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Plan
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Sequence
-from engine.worker.runner import Runner
+from engine.worker.runner import Runner, max_rows
 
 if TYPE_CHECKING:
     from engine.weights import PackedModel
@@ -112,7 +111,7 @@ class EngineCore:
             lambda: _vocabulary(model.info),
             vocab_size=model.info.spec.vocab_size,
             eos_token_ids=model.info.eos_token_ids,
-            num_rows=config.max_num_seqs + ROWS,
+            num_rows=max_rows(config.max_num_seqs),
         )
         self._runner = Runner(
             self.program,

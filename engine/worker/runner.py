@@ -29,6 +29,11 @@ _NO_INTS = np.zeros(0, np.int32)
 _NO_FLOATS = np.zeros(0, np.float32)
 
 
+def max_rows(max_num_seqs: int) -> int:
+    """Tokens that one step chooses or is given, at most: each sequence's next, those guessed ahead, and scored ones."""
+    return max_num_seqs + ROWS + MAX_SCORED
+
+
 class Runner:
     """Owns the step arrays of one program. Not safe for threads; `run` returns before anything is reused.
 
@@ -63,7 +68,7 @@ class Runner:
         self._query_starts = np.zeros(seqs + 1, np.int32)
         self._seq_lens = np.zeros(seqs, np.int32)
         self._step_tables = np.zeros((1, seqs, blocks), np.int32)
-        rows = seqs + ROWS + MAX_SCORED  # who decodes may have guessed
+        rows = max_rows(seqs)
         self._logits_rows = np.zeros(rows, np.int32)
         self._step_how = _SamplingRows(rows)
         self._gathered: list[int] = []  # the slots whose rows _step_how holds
@@ -158,6 +163,7 @@ class Runner:
         row = 0
         for item in items:
             seq, request = item.seq, item.seq.request
+            row += item.num_scored
             if request.grammar is not None and item.samples:
                 known = seq.num_prompt + self._grammars.num_consumed(request.request_id)
                 new = seq.tokens[known:]
@@ -188,8 +194,11 @@ class Runner:
         self._position[:num_rows] = [len(seq.tokens) + len(ahead or ()) for seq, ahead in rows]
         slots = [self._slots[number] for number in numbers]
         masked = any(slot.masked for slot in slots)
-        if masked:
-            self._mask_rows[:num_rows] = [row if slot.masked else -1 for row, slot in enumerate(slots)]
+        if masked:  # but for tokens that are given, which nobody makes masks for
+            self._mask_rows[:num_rows] = [
+                row if slot.masked and ahead is not None else -1
+                for row, (slot, (_, ahead)) in enumerate(zip(slots, rows, strict=True))
+            ]
         plain = not any(slot.penalized or slot.biased for slot in slots)
         if plain and (num_rows, masked) in self._plain:
             return self._plain[num_rows, masked]

@@ -223,6 +223,29 @@ def test_tokens_are_the_same_alone_and_in_a_crowd_and_after_a_resume(
         small.close()
 
 
+@pytest.mark.parametrize("isa", available_isas())
+def test_prompts_are_scored_beside_and_with_a_grammar(tiny: PackedModel, compiler: GrammarCompiler, isa: str) -> None:
+    plain = requests(tiny, compiler)
+    scoring = [
+        msgspec.structs.replace(
+            request, sampling=msgspec.structs.replace(request.sampling, prompt_logprobs=2, logprobs=index % 3)
+        )
+        if index % 4
+        else request
+        for index, request in enumerate(plain)
+    ]
+    ungrammatical = [msgspec.structs.replace(request, grammar=None) for request in scoring]
+    core = EngineCore(EngineConfig(isa=isa, threads=1, kv_cache_tokens=32 * 200), tiny)
+    try:
+        alone = {request.request_id: tokens(run(core, [request])[request.request_id]) for request in plain}
+        scored = run(core, scoring)
+        assert {name: tokens(deltas) for name, deltas in scored.items()} == alone
+        for name, deltas in run(core, ungrammatical).items():
+            assert scored[name][0].prompt_logprobs == deltas[0].prompt_logprobs
+    finally:
+        core.close()
+
+
 def test_a_grammar_that_fails_ends_its_request_alone(tiny: PackedModel, compiler: GrammarCompiler) -> None:
     good, other, *_ = requests(tiny, compiler)
     bad = msgspec.structs.replace(other, request_id="bad", grammar='{"grammars":[{"lark_grammar":"start: none"}]}')
