@@ -31,7 +31,40 @@ def build(isa: str) -> ModuleType | None:
         return None
 
 
-class NativeProgram:
+class TeamProgram:
+    """What the programs of a native build share: they run on a team of threads, of which one may stall."""
+
+    _module: ModuleType
+    _program: Any
+
+    def profile(self, on: bool) -> None:
+        """Start, or stop, adding up the seconds that each kind of phase takes; those so far are forgotten."""
+        self._program.profile(on)
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds of each kind of phase since `profile`, in the order they come in."""
+        return dict(self._program.phase_seconds())
+
+    def close(self) -> None:
+        """Free the program's memory. Idempotent; it cannot be used afterwards.
+
+        Raises StalledRankError where a thread does not end, unless a call before has said so.
+        """
+        try:
+            self._program.close()
+        except self._module.Stalled as error:
+            raise self._stalled(error) from None
+
+    def _stalled(self, error: Exception) -> StalledRankError:
+        """What a build said of the thread that has stalled; nothing that it may write is freed."""
+        told = self._program.stalled()
+        if told is None:  # in a step of another program of the same team
+            return StalledRankError(f"{error}.")
+        rank, thread, phase, seconds = told
+        return StalledRankError(f"{error}.", rank=rank, thread=thread, phase=phase, seconds=seconds)
+
+
+class NativeProgram(TeamProgram):
     """The `Program` of one native build; see `engine.kernels.create_program`. One step at a time."""
 
     def __init__(
@@ -154,26 +187,6 @@ class NativeProgram:
             self._program.copy_blocks(pairs)
         except self._module.Stalled as error:
             raise self._stalled(error) from None
-
-    def profile(self, on: bool) -> None:
-        """Start, or stop, adding up the seconds that each kind of phase takes; those so far are forgotten."""
-        self._program.profile(on)
-
-    def phase_seconds(self) -> dict[str, float]:
-        """Seconds of each kind of phase of the steps since `profile`, in the order of a step."""
-        return dict(self._program.phase_seconds())
-
-    def close(self) -> None:
-        """See `Program.close`. Raises StalledRankError where a thread does not end, unless `step` has said so."""
-        try:
-            self._program.close()
-        except self._module.Stalled as error:
-            raise self._stalled(error) from None
-
-    def _stalled(self, error: Exception) -> StalledRankError:
-        """What a build said of the thread that has stalled; nothing that it may write is freed."""
-        rank, thread, phase, seconds = self._program.stalled()
-        return StalledRankError(f"{error}.", rank=rank, thread=thread, phase=phase, seconds=seconds)
 
 
 def native_sampling(module: ModuleType, how: SamplingArrays) -> Any:

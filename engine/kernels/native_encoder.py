@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.errors import StalledRankError
 from engine.kernels.batch import TextBatch, Weights
-from engine.kernels.native import NativeProgram, build, native_matrix, team_layout
+from engine.kernels.native import NativeProgram, TeamProgram, build, native_matrix, team_layout
 from engine.kernels.validate import check_texts, check_weights
 from engine.models.spec import EncoderSpec
 from engine.ranks import Ranks
 
 
-class NativeEncoder:
+class NativeEncoder(TeamProgram):
     """The `EncoderProgram` of one native build; see `engine.kernels.create_encoder`.
 
     It runs on the threads of `beside`, between its steps, or on `ranks` of its own.
@@ -81,26 +80,3 @@ class NativeEncoder:
         except self._module.Stalled as error:
             raise self._stalled(error) from None
         return done
-
-    def profile(self, on: bool) -> None:
-        """Start, or stop, adding up the seconds that each kind of phase takes; those so far are forgotten."""
-        self._program.profile(on)
-
-    def phase_seconds(self) -> dict[str, float]:
-        """Seconds of each kind of phase of the batches since `profile`, in the order of a batch."""
-        return dict(self._program.phase_seconds())
-
-    def close(self) -> None:
-        """See `EncoderProgram.close`. Raises StalledRankError where a thread does not end, unless `run` has said so."""
-        try:
-            self._program.close()
-        except self._module.Stalled as error:
-            raise self._stalled(error) from None
-
-    def _stalled(self, error: Exception) -> StalledRankError:
-        """What a build said of the thread that has stalled; nothing that it may write is freed."""
-        told = self._program.stalled()
-        if told is None:  # in a step of the program beside it
-            return StalledRankError(f"{error}.")
-        rank, thread, phase, seconds = told
-        return StalledRankError(f"{error}.", rank=rank, thread=thread, phase=phase, seconds=seconds)
