@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,6 @@ from engine.request import Embedded, EmbedRequest, FinishReason, Request, Sampli
 from engine.sampling.grammar import GrammarCompiler
 from engine.text import Detokenizer, EncoderText, ModelText
 from engine.weights import PackedModel, load_encoder, load_packed
-
-if TYPE_CHECKING:
-    pass
 
 Prompt: TypeAlias = "str | Sequence[int]"
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]

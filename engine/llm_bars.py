@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from engine.request import FinishReason, Request
 
@@ -28,7 +28,22 @@ class Stream(Protocol):
     finish_reason: FinishReason | None
 
 
-class GenerationBar:
+class _Bar:
+    """A bar that is there for the length of a `with` block. Ctrl-C finds it whole, or not there yet."""
+
+    _bar: Progress
+
+    def __enter__(self) -> Self:
+        with interrupts_deferred():
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        with interrupts_deferred():
+            self._bar.stop()
+
+
+class GenerationBar(_Bar):
     """How far a batch is, on standard error: prompts done, tokens, tokens a second, time to go at that rate.
 
     How long an answer becomes nobody knows before its end: until then it counts with the most that it may have.
@@ -42,7 +57,7 @@ class GenerationBar:
 
         self._streams, self._max_model_len, self._clock = streams, max_model_len, clock
         self._started = self._shown = clock()
-        self._bar: Progress = Progress(
+        self._bar = Progress(
             TextColumn("generating"),
             BarColumn(),
             TextColumn("{task.description}"),
@@ -50,15 +65,6 @@ class GenerationBar:
             auto_refresh=False,  # by a thread that may outlive the bar; there are updates enough
         )
         self._task: TaskID = self._bar.add_task(f"0/{len(streams)}", total=None)
-
-    def __enter__(self) -> GenerationBar:
-        with interrupts_deferred():
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        with interrupts_deferred():
-            self._bar.stop()
 
     def update(self, *, last: bool) -> None:
         """Show what has changed, where that was not done just now or this is the `last` time."""
@@ -90,14 +96,14 @@ def describe(done: int, of: int, tokens: int, expected: int, seconds: float) -> 
     return f"{text}, {timedelta(seconds=round((expected - tokens) / rate))} to go" if rate else text
 
 
-class TextsBar:
+class TextsBar(_Bar):
     """How many of a number of texts are vectors already."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._bar: Progress = Progress(
+        self._bar = Progress(
             TextColumn("embedding"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -106,15 +112,6 @@ class TextsBar:
             auto_refresh=False,  # by a thread that may outlive the bar
         )
         self._task: TaskID = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> TextsBar:
-        with interrupts_deferred():
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        with interrupts_deferred():
-            self._bar.stop()
 
     def update(self, done: int) -> None:
         """Show that so many are done."""
