@@ -20,7 +20,7 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from engine.sampling.limits import ADDRESS_SPACE, CHECK_STACK, CPU_SECONDS, WHITESPACE, parser_limits
+from engine.sampling.limits import ADDRESS_SPACE, CHECK_STACK, CPU_SECONDS, parser_limits, with_options
 from engine.sampling.question import Answer, Question
 
 EOS = 256
@@ -46,12 +46,8 @@ def translate(question: Question) -> str:
             schema = msgspec.json.decode(question.text)
             if not isinstance(schema, dict):
                 raise ValueError("a schema must be a JSON object")
-            # As overrides: a schema may carry options of the library itself, and these are not for callers to set.
-            options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": False}
-            if question.any_whitespace:
-                options |= {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-            schema["x-guidance"] = options
-            return _json({"grammars": [{"json_schema": schema}]})
+            held = with_options(schema, any_whitespace=question.any_whitespace)
+            return _json({"grammars": [{"json_schema": held}]})
         case "regex":
             return LLMatcher.grammar_from_regex(question.text)
         case "choice":

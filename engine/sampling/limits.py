@@ -6,7 +6,8 @@ What they do not bound, the time and the stack of a compilation, `checker` does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -56,3 +57,11 @@ def parser_limits() -> LLParserLimits:
         precompute_large_lexemes=False,  # would walk the vocabulary when compiling, outside of any limit
         verbose_errors=False,
     )
+
+
+def with_options(schema: Mapping[str, Any], *, any_whitespace: bool = True) -> dict[str, Any]:
+    """A JSON schema with the library's options as we want them, in place of any that it carries: callers set none."""
+    options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": any_whitespace}
+    if any_whitespace:
+        options["whitespace_pattern"] = WHITESPACE
+    return {**schema, "x-guidance": options}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from engine.sampling.limits import WHITESPACE
+from engine.sampling.limits import with_options
 from engine.text.tool_formats import THINK, THINK_END, ToolFormat
 
 MAX_CALLS = 128
@@ -57,7 +57,7 @@ def tool_grammar(
         rules += _calls(form, list(schemas), several, tokens)
     grammars: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules) + "\n"}]
     if calls != "none":
-        grammars += [{"name": f"t{i}", "json_schema": _schema(schema)} for i, schema in enumerate(schemas.values())]
+        grammars += [{"name": f"t{i}", "json_schema": with_options(schema)} for i, schema in enumerate(schemas.values())]
     if content is not None and calls == "auto":
         grammars.append({**json.loads(content)["grammars"][0], "name": "content"})
     return json.dumps({"grammars": grammars}, ensure_ascii=False)
@@ -99,12 +99,6 @@ def _calls(form: ToolFormat, names: list[str], several: bool, tokens: Mapping[st
         f"calls: {_written(form.opening, tokens)} call {further}{_written(form.close, tokens)}",
         f"call: ({one_of}) {_written(form.end, tokens)}",
     ]
-
-
-def _schema(schema: dict[str, Any]) -> dict[str, Any]:
-    # The library's own options are not for callers to set.
-    options = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    return {**schema, "x-guidance": options}
 
 
 def _written(text: str, tokens: Mapping[str, int]) -> str:
