@@ -57,7 +57,9 @@ def tool_grammar(
         rules += _calls(form, list(schemas), several, tokens)
     grammars: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules) + "\n"}]
     if calls != "none":
-        grammars += [{"name": f"t{i}", "json_schema": with_options(schema)} for i, schema in enumerate(schemas.values())]
+        grammars += [
+            {"name": f"t{i}", "json_schema": with_options(schema)} for i, schema in enumerate(schemas.values())
+        ]
     if content is not None and calls == "auto":
         grammars.append({**json.loads(content)["grammars"][0], "name": "content"})
     return json.dumps({"grammars": grammars}, ensure_ascii=False)
