@@ -10,10 +10,10 @@ import json
 import os
 from pathlib import Path
 
-from engine.errors import FormatError, SourceError, UnsupportedModelError
+from engine.errors import FormatError, UnsupportedModelError
 from engine.models.blueprint import Modules
 from engine.models.keys import Keys, shown
-from engine.weights.strict_json import MAX_JSON_BYTES, read_object
+from engine.weights.strict_json import read_bounded, read_object
 
 MODULES = "modules.json"
 POOLING = "1_Pooling/config.json"
@@ -70,16 +70,9 @@ def _max_length(path: Path) -> int | None:
 def _read_list(path: Path) -> list[object]:
     """The JSON array in a file, of bounded size."""
     try:
-        if not path.is_file():  # opening a pipe would wait forever
-            raise SourceError(f"cannot read {path}: it is not a file.")
-        with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}.") from error
-    try:
-        values = json.loads(raw.decode()) if len(raw) <= MAX_JSON_BYTES else None
+        values = json.loads(read_bounded(path).decode())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"not JSON: {error}", path=path) from None
     if not isinstance(values, list):
-        raise FormatError(f"must be a JSON array of at most {MAX_JSON_BYTES} bytes", path=path)
+        raise FormatError(f"must be a JSON array, found {type(values).__name__}", path=path)
     return values

@@ -17,6 +17,11 @@ def read_object(path: Path) -> dict[str, object]:
     Raises SourceError where it cannot be read, FormatError where it is too large or anything but an object whose keys
     are all different.
     """
+    return decode_object(read_bounded(path), path, offset=0)
+
+
+def read_bounded(path: Path) -> bytes:
+    """A file of at most MAX_JSON_BYTES. Raises SourceError where it cannot be read, FormatError where it is larger."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait forever
             raise SourceError(f"cannot read {path}: it is not a file.")
@@ -26,7 +31,7 @@ def read_object(path: Path) -> dict[str, object]:
         raise SourceError(f"cannot read {path}: {error.strerror}.") from error
     if len(raw) > MAX_JSON_BYTES:
         raise FormatError(f"expected at most {MAX_JSON_BYTES} bytes of JSON, found more", path=path)
-    return decode_object(raw, path, offset=0)
+    return raw
 
 
 def decode_object(raw: bytes, path: Path, *, offset: int) -> dict[str, object]:
