@@ -25,9 +25,6 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 ISAS = ("avx512", "avx2", "portable", "reference")
 """Kernel builds, best first; `reference` is the numpy twin, never chosen by itself."""
 
-QUANTIZATIONS = ("none", "int8", "int4")
-"""What weights are computed in: as bfloat16, or packed into 8 or 4 bits."""
-
 MIN_KV_TOKENS = 2 * BLOCK_SIZE
 
 AUTO_KV_TOKENS = 16384

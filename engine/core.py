@@ -112,6 +112,7 @@ class EngineCore:
             vocab_size=model.info.spec.vocab_size,
             eos_token_ids=model.info.eos_token_ids,
             num_rows=max_rows(config.max_num_seqs),
+            threads=self.program.threads,
         )
         self._runner = Runner(
             self.program,

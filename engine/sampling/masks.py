@@ -1,11 +1,12 @@
 """Which tokens each constrained request may choose next, found out while the step that chooses runs.
 
-    loop       | fill arrays, begin ------------- program.step ----------------- finish | update |
-    mask thread           | take in new tokens, write mask, set ready | next row |
+    loop         | fill arrays, begin ------------- program.step ----------------- finish | update |
+    mask threads          | take in new tokens, write mask, set ready | next request |
     sampler                                                  wait for ready, choose
 
-A request's grammar is compiled in a second thread, before the request is scheduled, so that no step waits for that.
-The library lets go of the interpreter's lock while it compiles and while it makes a mask.
+As many threads make masks as compute the step. They take its processors from it, and where they take one alone, the
+others soon wait for that. A request's grammar is compiled in a further thread, before the request is scheduled, so that
+no step waits for that. The library lets go of the interpreter's lock while it compiles and while it makes a mask.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -34,6 +35,9 @@ logger = logging.getLogger("seraph.engine")
 MAX_COMPILED = 32
 """Compiled grammars that are kept to be copied, the most recently used ones."""
 
+MAX_MASK_THREADS = 8
+"""More would wait for the interpreter's lock, which each of them needs between masks."""
+
 
 class Vocabulary(Protocol):
     """What is asked of a model's tokenizer (engine.text.Tokenizer)."""
@@ -49,7 +53,7 @@ class Vocabulary(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Constraint:
-    """A live request's grammar. Between `begin` and `finish` it belongs to the mask thread."""
+    """A live request's grammar. Between `begin` and `finish` it belongs to a mask thread."""
 
     request: Request
     compiled: Future[LLMatcher]
@@ -74,7 +78,8 @@ class Rows:
 class Grammars:
     """The grammars of live requests, and the masks of one step. Driven from one thread.
 
-    `vocabulary` is asked for when the first grammar comes. `num_rows` bounds the rows of a step.
+    `vocabulary` is asked for when the first grammar comes. `num_rows` bounds the rows of a step, which `threads`
+    compute.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Grammars:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         num_rows: int,
+        threads: int = 1,
     ) -> None:
         self.masks = np.zeros((num_rows, -(-vocab_size // 32)), np.uint32)
         self.ready = np.zeros(num_rows, np.int32)  # the sampler waits for a row's 1
@@ -97,16 +103,17 @@ class Grammars:
         self._live: dict[str, Constraint] = {}
         self._preparing: dict[str, Constraint] = {}
         self._compile_thread: ThreadPoolExecutor | None = None
-        self._mask_thread: ThreadPoolExecutor | None = None
-        self._under_way: Future[None] | None = None
+        self._num_mask_threads = min(threads, MAX_MASK_THREADS)
+        self._mask_threads: ThreadPoolExecutor | None = None
+        self._under_way: list[Future[tuple[int, float]]] = []
 
     # A request's life
 
     def prepare(self, request: Request) -> None:
         """Begin to compile a request's grammar; it must stay out of every step until `take_prepared` names it."""
         if self._compile_thread is None:
-            self._compile_thread = _thread("grammar-compile")
-            self._mask_thread = _thread("grammar-mask")
+            self._compile_thread = _threads(1, "grammar-compile")
+            self._mask_threads = _threads(self._num_mask_threads, "grammar-mask")
         compiled = self._compile_thread.submit(self._compile, request)
         constraint = Constraint(request, compiled, num_consumed=len(request.output_token_ids))
         self._live[request.request_id] = self._preparing[request.request_id] = constraint
@@ -142,34 +149,40 @@ class Grammars:
 
     def close(self) -> None:
         """End the threads. Idempotent."""
-        for thread in (self._compile_thread, self._mask_thread):
-            if thread is not None:
-                thread.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._compile_thread, self._mask_threads):
+            if threads is not None:
+                threads.shutdown(wait=True, cancel_futures=True)
 
     # A step
 
     def begin(self, rows: list[Rows]) -> None:
         """Have the masks of a step made: `masks` and `ready`, from each request's first row on."""
-        assert self._mask_thread is not None and self._under_way is None
+        assert self._mask_threads is not None and not self._under_way
         for each in rows:
             constraint = each.constraint = self._live[each.request_id]
             constraint.num_consumed += len(each.new)
             self.ready[each.first_row : each.first_row + 1 + len(each.draft)] = 0
-        self._under_way = self._mask_thread.submit(self._make, rows)
+        step = iter(rows)  # the threads share it; the interpreter's lock makes taking one atomic
+        num_threads = min(self._num_mask_threads, len(rows))
+        self._under_way = [self._mask_threads.submit(self._make, step) for _ in range(num_threads)]
 
     def finish(self) -> None:
         """Wait until no thread writes masks any more."""
-        if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
-            under_way.result()
+        under_way, self._under_way = self._under_way, []
+        for each in under_way:
+            num_masks, seconds = each.result()
+            self.num_masks += num_masks
+            self.mask_seconds += seconds
 
-    def _make(self, step: list[Rows]) -> None:
+    def _make(self, step: Iterator[Rows]) -> tuple[int, float]:
+        """Masks of requests that no other thread has taken; how many, and in how much time of a processor."""
+        num_masks, began = 0, time.thread_time()
         for rows in step:
             constraint = rows.constraint
             started = time.thread_time()
             try:
                 if not constraint.error:
-                    self._make_rows(rows, constraint.compiled.result())
+                    num_masks += self._make_rows(rows, constraint.compiled.result())
             except Exception as error:  # whatever it is, it must end this request alone and let the sampler go on
                 logger.exception("request %s: its grammar failed", rows.request_id)
                 constraint.error = f"{type(error).__name__}: {error}"
@@ -178,27 +191,28 @@ class Grammars:
                 if not self.ready[row]:
                     self.masks[row] = 0
                     self.ready[row] = 1
-            seconds = time.thread_time() - started
-            self.mask_seconds += seconds
-            constraint.seconds += seconds
+            constraint.seconds += time.thread_time() - started
             if constraint.seconds > MASK_SECONDS + MASK_SECONDS_PER_TOKEN * rows.num_output:
                 constraint.error = "Its grammar takes too long."
+        return num_masks, time.thread_time() - began
 
-    def _make_rows(self, rows: Rows, matcher: LLMatcher) -> None:
-        """One mask, and one after each guess that the grammar allows; what follows others is never chosen."""
+    def _make_rows(self, rows: Rows, matcher: LLMatcher) -> int:
+        """One mask, and one after each guess that the grammar allows, for what follows others is never chosen.
+
+        Returns their number.
+        """
         constraint, sampling = rows.constraint, rows.constraint.request.sampling
         if rows.new and not matcher.consume_tokens(list(rows.new)):
             constraint.error = f"Its grammar did not take the tokens: {matcher.get_error()}"
-            return
+            return 0
         num_ahead = 0
         for ahead in range(len(rows.draft) + 1):
             row = rows.first_row + ahead
             mask = self.masks[row]
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self.num_masks += 1
             if matcher.is_error():
                 constraint.error = f"Its grammar failed: {matcher.get_error()}"
-                return
+                return ahead
             if rows.num_output + ahead < sampling.min_tokens:
                 _forbid(mask, rows.stop_token_ids)
             self.ready[row] = 1
@@ -209,6 +223,7 @@ class Grammars:
             num_ahead += 1
         if num_ahead and not matcher.rollback(num_ahead):
             constraint.error = f"Its grammar could not be rolled back: {matcher.get_error()}"
+        return ahead + 1
 
     # Compiling
 
@@ -302,12 +317,13 @@ class _Wrapper:
         return ids
 
 
-def _thread(name: str) -> ThreadPoolExecutor:
-    """One thread with room for deeply nested grammars."""
+def _threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads with room for deeply nested grammars."""
+    all_are_there = threading.Barrier(count)
     before = threading.stack_size(COMPILE_STACK)
     try:
-        executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        executor.submit(int).result()  # started here, while that is the size
+        executor = ThreadPoolExecutor(count, thread_name_prefix=name)
+        wait([executor.submit(all_are_there.wait) for _ in range(count)])  # started here, while that is the size
     finally:
         threading.stack_size(before)
     return executor

@@ -45,7 +45,7 @@ def compiler() -> Iterator[GrammarCompiler]:
 
 @pytest.fixture
 def grammars() -> Iterator[Grammars]:
-    grammars = Grammars(Letters, vocab_size=VOCAB, eos_token_ids=(EOS,), num_rows=8)
+    grammars = Grammars(Letters, vocab_size=VOCAB, eos_token_ids=(EOS,), num_rows=8, threads=2)
     yield grammars
     grammars.close()
 
