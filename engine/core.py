@@ -219,8 +219,9 @@ class EngineCore:
                 if delta.finish_reason is None:
                     continue
                 failure = self._grammars.forget(delta.request_id)
-                if failure and delta.finish_reason is FinishReason.ERROR:
-                    deltas[index] = msgspec.structs.replace(delta, error=failure)
+                if failure is not None and delta.finish_reason in (FinishReason.REFUSED, FinishReason.ERROR):
+                    reason = FinishReason.after(failure)
+                    deltas[index] = msgspec.structs.replace(delta, finish_reason=reason, error=str(failure))
         return deltas
 
     def _log_step(self, plan: Plan, seconds: float) -> None:

@@ -403,6 +403,8 @@ class _Stream:
     def check(self) -> None:
         if self.finish_reason is FinishReason.ERROR:
             raise EngineError(self.error or "The engine failed the request.")
+        if self.finish_reason is FinishReason.REFUSED:
+            raise RequestError(self.error or "The request leaves nothing to go on with.")
 
     def _gain(self, text: str) -> None:
         if text:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from engine.errors import RequestError
+from engine.errors import RequestError, SeraphError
 
 
 class FinishReason(str, enum.Enum):
@@ -21,7 +21,13 @@ class FinishReason(str, enum.Enum):
     LENGTH = "length"  # max_tokens, or the end of the context
     ABORT = "abort"  # the caller went away
     DEADLINE = "deadline"  # the request's deadline passed first
+    REFUSED = "refused"  # its own limits on tokens leave nothing to go on with; TokenDelta.error says how
     ERROR = "error"  # the engine failed it; TokenDelta.error says how
+
+    @classmethod
+    def after(cls, error: SeraphError) -> FinishReason:
+        """How a request ends that ran into an error."""
+        return cls.REFUSED if isinstance(error, RequestError) else cls.ERROR
 
 
 MAX_LOGPROBS = 20

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, Self
 from starlette.types import Receive
 
 from engine.backends.base import Engine
-from engine.errors import EngineDeadError, EngineError
+from engine.errors import EngineDeadError, EngineError, RequestError
 from engine.request import FinishReason, Request, TokenDelta, TokenLogprobs
 from engine.text.tool_formats import ToolFormat
 from server.errors import ClientDisconnectedError, DeadlineError
@@ -359,5 +359,7 @@ def _reason(delta: TokenDelta) -> Stop | None:
             raise EngineDeadError("The server stopped before the answer was complete.")
         case FinishReason.DEADLINE:
             raise DeadlineError("The request's deadline passed before the answer was complete.")
+        case FinishReason.REFUSED:
+            raise RequestError(delta.error or "the engine gave no reason", code="no_token_allowed")
         case FinishReason.ERROR:
             raise EngineError(delta.error or "the engine gave no reason")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import EngineError, RequestError, SeraphError
 from engine.request import Request
 from engine.sampling.limits import COMPILE_STACK, MASK_SECONDS, MASK_SECONDS_PER_TOKEN
 
@@ -59,7 +60,7 @@ class Constraint:
     compiled: Future[LLMatcher]
     num_consumed: int  # output tokens that the matcher has taken in
     seconds: float = 0.0  # of a processor, for its masks
-    error: str = ""  # why it can go on no longer
+    error: SeraphError | None = None  # why it can go on no longer
 
 
 @dataclass(slots=True)
@@ -118,7 +119,7 @@ class Grammars:
         constraint = Constraint(request, compiled, num_consumed=len(request.output_token_ids))
         self._live[request.request_id] = self._preparing[request.request_id] = constraint
 
-    def take_prepared(self) -> list[tuple[str, str | None]]:
+    def take_prepared(self) -> list[tuple[str, SeraphError | None]]:
         """Requests that are ready for their first step since the last call, and those that failed, with the error."""
         if not self._preparing:
             return []
@@ -131,12 +132,12 @@ class Grammars:
         """Until something is prepared, at most so long."""
         wait([each.compiled for each in self._preparing.values()], timeout=seconds, return_when="FIRST_COMPLETED")
 
-    def forget(self, request_id: str) -> str:
-        """Let a request go that has ended, or was never here; returns what its grammar failed with, or ""."""
+    def forget(self, request_id: str) -> SeraphError | None:
+        """Let a request go that has ended, or was never here; returns what its grammar failed with."""
         self._preparing.pop(request_id, None)
         constraint = self._live.pop(request_id, None)
         if constraint is None:
-            return ""
+            return None
         constraint.compiled.cancel()
         return constraint.error
 
@@ -181,11 +182,11 @@ class Grammars:
             constraint = rows.constraint
             started = time.thread_time()
             try:
-                if not constraint.error:
+                if constraint.error is None:
                     num_masks += self._make_rows(rows, constraint.compiled.result())
             except Exception as error:  # whatever it is, it must end this request alone and let the sampler go on
                 logger.exception("request %s: its grammar failed", rows.request_id)
-                constraint.error = f"{type(error).__name__}: {error}"
+                constraint.error = EngineError(f"The grammar failed: {type(error).__name__}: {error}")
             # Rows that were not made: of a grammar that failed, and after a guess that is forbidden.
             for row in range(rows.first_row, rows.first_row + len(rows.draft) + 1):
                 if not self.ready[row]:
@@ -193,7 +194,7 @@ class Grammars:
                     self.ready[row] = 1
             constraint.seconds += time.thread_time() - started
             if constraint.seconds > MASK_SECONDS + MASK_SECONDS_PER_TOKEN * rows.num_output:
-                constraint.error = "Its grammar takes too long."
+                constraint.error = RequestError("The grammar of the answer takes too long.")
         return num_masks, time.thread_time() - began
 
     def _make_rows(self, rows: Rows, matcher: LLMatcher) -> int:
@@ -203,7 +204,7 @@ class Grammars:
         """
         constraint, sampling = rows.constraint, rows.constraint.request.sampling
         if rows.new and not matcher.consume_tokens(list(rows.new)):
-            constraint.error = f"Its grammar did not take the tokens: {matcher.get_error()}"
+            constraint.error = RequestError(f"The grammar did not take the tokens of the answer: {matcher.get_error()}")
             return 0
         num_ahead = 0
         for ahead in range(len(rows.draft) + 1):
@@ -211,7 +212,7 @@ class Grammars:
             mask = self.masks[row]
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             if matcher.is_error():
-                constraint.error = f"Its grammar failed: {matcher.get_error()}"
+                constraint.error = RequestError(f"The grammar of the answer failed: {matcher.get_error()}")
                 return ahead
             if rows.num_output + ahead < sampling.min_tokens:
                 _forbid(mask, rows.stop_token_ids)
@@ -222,13 +223,13 @@ class Grammars:
                 break
             num_ahead += 1
         if num_ahead and not matcher.rollback(num_ahead):
-            constraint.error = f"Its grammar could not be rolled back: {matcher.get_error()}"
+            constraint.error = EngineError(f"The grammar could not be rolled back: {matcher.get_error()}")
         return ahead + 1
 
     # Compiling
 
     def _compile(self, request: Request) -> LLMatcher:
-        """A matcher that has taken in what the request has said already. Raises ValueError where there can be none."""
+        """A matcher that has taken in what the request has said already. Raises RequestError where there is none."""
         from llguidance import LLMatcher
 
         from engine.sampling.limits import parser_limits
@@ -242,20 +243,22 @@ class Grammars:
             if not prototype.is_error():
                 prototype.compute_bitmask()  # the lexer's first states, here and not in a step
             if prototype.is_error():
-                raise ValueError(f"The grammar could not be compiled: {prototype.get_error()}")
+                raise RequestError(f"The grammar could not be compiled: {prototype.get_error()}")
             self._prototypes[request.grammar] = prototype
             if len(self._prototypes) > MAX_COMPILED:
                 self._prototypes.popitem(last=False)
         self._prototypes.move_to_end(request.grammar)
         matcher = prototype.deep_copy()
         if request.output_token_ids and not matcher.consume_tokens(list(request.output_token_ids)):
-            raise ValueError(f"The grammar does not allow output_token_ids: {matcher.get_error()}")
+            raise RequestError(f"The grammar does not allow output_token_ids: {matcher.get_error()}")
         return matcher
 
 
-def _error_of(compiled: Future[LLMatcher]) -> str | None:
+def _error_of(compiled: Future[LLMatcher]) -> SeraphError | None:
     error = compiled.exception()
-    return None if error is None else str(error)
+    if error is None or isinstance(error, SeraphError):
+        return error
+    return EngineError(f"The grammar could not be compiled: {type(error).__name__}: {error}")
 
 
 def _forbid(mask: NDArray[np.uint32], token_ids: frozenset[int]) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Sequence as Seq
 
 from engine.cache.prefix import PARTS, PrefixCache
 from engine.config import BLOCK_SIZE
-from engine.errors import ContextLengthError, RequestError
+from engine.errors import ContextLengthError, RequestError, SeraphError
 from engine.request import FinishReason, Request, TokenDelta
 from engine.scheduler.lookup import ROWS
 from engine.scheduler.plan import Copy, Plan
@@ -147,7 +147,7 @@ class Scheduler:
         else:
             self._hold_or_queue(seq)
 
-    def release(self, request_id: str, error: str | None = None) -> None:
+    def release(self, request_id: str, error: SeraphError | None = None) -> None:
         """Queue a request that was preparing, or end it with an error. One that has ended meanwhile is no error."""
         seq = self._preparing.get(request_id)
         if seq is None:
@@ -158,7 +158,7 @@ class Scheduler:
             self._hold_or_queue(seq)
         else:
             self._end(seq)
-            self._ended.append(_last_delta(seq, FinishReason.ERROR, error))
+            self._ended.append(_last_delta(seq, FinishReason.after(error), str(error)))
 
     def abort(self, request_id: str) -> bool:
         """End a request now, without a delta: nobody listens. Returns whether it was live.
@@ -192,7 +192,8 @@ class Scheduler:
 
         They are the next one and, after each that was guessed, what would follow it.
 
-        A token below 0 says that none could be chosen: its request ends with FinishReason.ERROR.
+        A token below 0 says that none could be chosen: its request ends as refused where it allows some tokens only,
+        and with FinishReason.ERROR otherwise.
         """
         self._land(plan)
         deltas: list[TokenDelta] = []
@@ -245,7 +246,7 @@ class Scheduler:
                 self._end(seq)
             elif failed:
                 self._end(seq)
-                deltas.append(_last_delta(seq, FinishReason.ERROR, "No token was allowed or had a finite logit."))
+                deltas.append(_nothing_chosen(seq))
         assert num_entered == len(chosen), f"fewer or more tokens than the plan samples: {len(chosen)}"
         return deltas
 
@@ -537,6 +538,18 @@ def _scorable(seq: Sequence, num_tokens: int, plan: Plan) -> int:
 def _soon_wanted(seq: Sequence) -> int:
     """Blocks a running sequence lacks for the tokens it has and one block's worth more: it should not have to fight."""
     return max(0, num_blocks_for(min(len(seq.tokens) + BLOCK_SIZE, seq.max_len)) - len(seq.blocks))
+
+
+def _nothing_chosen(seq: Sequence) -> TokenDelta:
+    request = seq.request
+    if request.grammar is None and request.sampling.allowed_token_ids is None:
+        return _last_delta(seq, FinishReason.ERROR, "No token had a finite logit.")
+    return _last_delta(
+        seq,
+        FinishReason.REFUSED,
+        f"No token can follow the {seq.num_output} of the answer: the form of the answer, allowed_token_ids, bad_words "
+        "and logit_bias, of those that the request has, exclude all of them together.",
+    )
 
 
 def _last_delta(seq: Sequence, reason: FinishReason, error: str | None = None) -> TokenDelta:

@@ -19,6 +19,7 @@ from engine.kernels import available_isas
 from engine.llm import LLM
 from engine.request import FinishReason, Request, SamplingParams, StructuredOutputs, TokenDelta
 from engine.sampling.grammar import GrammarCompiler
+from engine.text.model_text import ModelText
 from engine.weights import PackedModel, load_model
 from tests.engine.sampling.random_schemas import random_schema
 from tests.tiny_gguf import write_tiny_llama
@@ -258,11 +259,32 @@ def test_a_grammar_that_fails_ends_its_request_alone(tiny: PackedModel, compiler
         assert tokens(found[good.request_id]) == alone
         for name in ("bad", "worse", "wrong"):
             (delta,) = found[name]
-            assert delta.finish_reason is FinishReason.ERROR and "grammar" in (delta.error or "")
+            assert delta.finish_reason is FinishReason.REFUSED and "grammar" in (delta.error or "")
         core.add(good)
         core.abort(good.request_id)  # while it is being compiled
         assert not core.has_work
         assert tokens(run(core, [good])[good.request_id]) == alone
+    finally:
+        core.close()
+
+
+def test_a_form_and_allowed_tokens_that_exclude_each_other_are_refused(
+    tiny: PackedModel, compiler: GrammarCompiler
+) -> None:
+    good, *_ = requests(tiny, compiler)
+    (letter,) = ModelText.from_info(tiny.info).tokenizer.encode_text("z", add_bos=False)
+    narrow = msgspec.structs.replace(
+        good,
+        request_id="narrow",
+        grammar=compiler.compile(StructuredOutputs(choice=("ab",))),
+        sampling=msgspec.structs.replace(good.sampling, allowed_token_ids=(letter,)),
+    )
+    core = EngineCore(EngineConfig(threads=1, kv_cache_tokens=4096), tiny)
+    try:
+        found = run(core, [narrow, good])
+        (delta,) = found["narrow"]
+        assert delta.finish_reason is FinishReason.REFUSED and "exclude" in (delta.error or "")
+        assert tokens(found[good.request_id]) == tokens(run(core, [good])[good.request_id])
     finally:
         core.close()
 

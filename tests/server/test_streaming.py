@@ -141,15 +141,16 @@ async def test_an_error_before_the_first_byte_has_its_own_status() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "code"),
+    ("failure", "status", "code"),
     [
-        (lambda r: EngineDeadError("died"), "engine_dead"),
-        (lambda r: delta(r, 2, "", finish_reason=FinishReason.ABORT), "engine_dead"),
-        (lambda r: delta(r, 2, "", finish_reason=FinishReason.DEADLINE), "deadline_exceeded"),
-        (lambda r: delta(r, 2, "", finish_reason=FinishReason.ERROR, error="secret"), "engine_error"),
+        (lambda r: EngineDeadError("died"), 503, "engine_dead"),
+        (lambda r: delta(r, 2, "", finish_reason=FinishReason.ABORT), 503, "engine_dead"),
+        (lambda r: delta(r, 2, "", finish_reason=FinishReason.DEADLINE), 504, "deadline_exceeded"),
+        (lambda r: delta(r, 2, "", finish_reason=FinishReason.ERROR, error="secret"), 500, "engine_error"),
+        (lambda r: delta(r, 2, "", finish_reason=FinishReason.REFUSED, error="none"), 400, "no_token_allowed"),
     ],
 )
-async def test_an_error_in_mid_stream_is_the_last_event(failure: Any, code: str) -> None:
+async def test_an_error_in_mid_stream_is_the_last_event(failure: Any, status: int, code: str) -> None:
     engine = FakeEngine(lambda r: [delta(r, 0, "a"), delta(r, 1, "b"), failure(r)])
     async with client_for(engine) as client:
         response = await client.post(CHAT, json=chat(stream=True))
@@ -160,7 +161,7 @@ async def test_an_error_in_mid_stream_is_the_last_event(failure: Any, code: str)
     error = json.loads(events[-1])["error"]
     assert error["code"] == code
     assert "secret" not in error["message"]
-    assert whole.status_code >= 500
+    assert whole.status_code == status
     assert whole.json()["error"]["code"] == code
 
 

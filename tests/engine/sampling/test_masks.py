@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from engine.errors import RequestError, SeraphError
 from engine.request import Request, SamplingParams, StructuredOutputs
 from engine.sampling.grammar import GrammarCompiler
 from engine.sampling.masks import Grammars, Rows
@@ -79,8 +80,8 @@ class Driver:
         self.output[name] = ids(output)
         self.preparing.add(name)
 
-    def prepared(self) -> dict[str, str | None]:
-        found: dict[str, str | None] = {}
+    def prepared(self) -> dict[str, SeraphError | None]:
+        found: dict[str, SeraphError | None] = {}
         for _ in range(1000):
             found |= dict(self.grammars.take_prepared())
             if found.keys() == self.preparing:
@@ -135,7 +136,7 @@ def test_what_was_said_before_counts(driver: Driver) -> None:
     driver.add("wrong", "abc", output="ac")
     prepared = driver.prepared()
     assert prepared["fresh"] is prepared["resumed"] is None
-    assert "does not allow output_token_ids" in (prepared["wrong"] or "")
+    assert "does not allow output_token_ids" in str(prepared["wrong"])
     assert driver.step(driver.rows("fresh", [], []), driver.rows("resumed", [], []))[1] == {3}
 
 
@@ -155,11 +156,13 @@ def test_one_that_fails_is_alone(driver: Driver, caplog: pytest.LogCaptureFixtur
     driver.add("lost", "abc")
     driver.add("good", "abc")
     prepared = driver.prepared()
-    assert "nonesuch" in (prepared["bad"] or "") and prepared["good"] is None
+    assert isinstance(prepared["bad"], RequestError) and "nonesuch" in str(prepared["bad"])
+    assert prepared["good"] is None
     masks = driver.step(driver.rows("lost", ids("z"), ids("a")), driver.rows("good", ids("a"), []))
     assert masks == [set(), set(), {2}]
-    assert "did not take the tokens" in driver.grammars.forget("lost")
-    assert driver.grammars.forget("good") == "" == driver.grammars.forget("never")
+    lost = driver.grammars.forget("lost")
+    assert isinstance(lost, RequestError) and "did not take the tokens" in str(lost)
+    assert driver.grammars.forget("good") is None is driver.grammars.forget("never")
     assert len(driver.grammars) == 1
 
 
@@ -176,7 +179,8 @@ def test_time_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Non
     driver.prepared()
     assert driver.step(driver.rows("r", [], []))[0]
     assert driver.step(driver.rows("r", ids("a"), [])) == [set()]
-    assert driver.grammars.forget("r") == "Its grammar takes too long."
+    failure = driver.grammars.forget("r")
+    assert isinstance(failure, RequestError) and "takes too long" in str(failure)
 
 
 def test_forgotten_while_compiling(driver: Driver) -> None:
