@@ -1,5 +1,5 @@
 #!/bin/sh
-# Talk to a server with curl: what is served, one answer, one streamed answer.
+# Talk to a server with curl: what is served, one answer, one streamed answer, one call of a tool.
 #
 #   SERAPH_BASE_URL=http://127.0.0.1:8000 SERAPH_API_KEY=... sh clients/examples/curl.sh
 set -eu
@@ -23,3 +23,11 @@ ask /v1/chat/completions -d "{\"model\": \"$model\", \"messages\": $messages, \"
 echo
 ask /v1/chat/completions \
     -d "{\"model\": \"$model\", \"messages\": $messages, \"temperature\": 0, \"max_tokens\": 20, \"stream\": true}"
+weather='[{"role": "user", "content": "What is the weather in Oslo?"}]'
+parameters='{"type": "object", "properties": {"city": {"enum": ["Paris", "Oslo", "Lima"]}},
+    "required": ["city"], "additionalProperties": false}'
+tools="[{\"type\": \"function\", \"function\": {\"name\": \"weather\", \"parameters\": $parameters}}]"
+ask /v1/chat/completions \
+    -d "{\"model\": \"$model\", \"messages\": $weather, \"tools\": $tools, \"tool_choice\": \"required\",
+         \"parallel_tool_calls\": false, \"temperature\": 0, \"max_tokens\": 200}"
+echo

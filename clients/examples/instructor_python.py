@@ -1,4 +1,6 @@
-"""Instructor with a Seraph server: an answer as an object of a class, which the server keeps to by a JSON schema.
+"""Instructor with a Seraph server: an answer as an object of a class, to whose JSON schema the server keeps it.
+
+Once as the answer's form, then as the arguments of a tool that must be called.
 
 SERAPH_BASE_URL=http://127.0.0.1:8000 SERAPH_API_KEY=... python clients/examples/instructor_python.py
 """
@@ -6,7 +8,7 @@ SERAPH_BASE_URL=http://127.0.0.1:8000 SERAPH_API_KEY=... python clients/examples
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import instructor
 from openai import OpenAI
@@ -22,19 +24,28 @@ class Verdict(BaseModel):
     certain: bool
 
 
+# A tool that may be called several times would make several objects.
+MODES: dict[Any, dict[str, Any]] = {
+    instructor.Mode.JSON_SCHEMA: {},
+    instructor.Mode.TOOLS: {"parallel_tool_calls": False},
+}
+
+
 def main() -> None:
     base_url = os.environ.get("SERAPH_BASE_URL", "http://127.0.0.1:8000")
     with OpenAI(base_url=f"{base_url}/v1", api_key=os.environ.get("SERAPH_API_KEY", "none")) as plain:
         model = plain.models.list().data[0].id
-        client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
-        verdict = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": "Paris is the capital of France."}],
-            response_model=Verdict,
-            temperature=0,
-            max_tokens=400,
-        )
-    print(verdict.model_dump_json())
+        for mode, options in MODES.items():
+            client = instructor.from_openai(plain, mode=mode)
+            verdict = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": "Paris is the capital of France."}],
+                response_model=Verdict,
+                temperature=0,
+                max_tokens=400,
+                **options,
+            )
+            print(verdict.model_dump_json())
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import inspect
 from collections.abc import AsyncIterator
 from typing import Any
 
-from seraph_client import AsyncClient, Client
+from seraph_client import AsyncClient, AsyncStream, Client, Stream
 
 
 class Either:
-    """One of the clients, its calls awaitable in any case."""
+    """One of the clients, or of their streams, its calls awaitable in any case."""
 
-    def __init__(self, client: Client | AsyncClient) -> None:
+    def __init__(self, client: Client | AsyncClient | Stream | AsyncStream) -> None:
         self.client = client
 
     async def __call__(self, name: str, /, *args: Any, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from seraph_client import Health, OverloadedError, answers, errors
+from seraph_client import Choice, Health, Logprob, OverloadedError, PromptLogprob, ToolCall, answers, errors
 from seraph_client.answers import Reply
 from tests.clients.scripted_server import HEAD, USAGE
 
@@ -79,11 +79,75 @@ def test_answers_of_something_else(read: Callable[[Reply], object], body: bytes)
     assert caught.value.request_id == "r"
 
 
-def test_logprobs_are_handed_on() -> None:
-    logprobs: dict[str, Any] = {"content": []}
-    choice = {"index": 0, "message": {"content": None}, "finish_reason": "stop", "logprobs": logprobs}
-    answer = answers.answer(reply({**HEAD, "choices": [choice], "usage": USAGE}))
-    assert (answer.text, answer.choices[0].logprobs) == ("", logprobs)
+def choice_of(choice: dict[str, Any], **beside: Any) -> Choice:
+    """One choice of an answer, read."""
+    value = {**HEAD, "choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": USAGE, **beside}
+    (read,) = answers.answer(reply(value)).choices
+    return read
+
+
+def test_logprobs_of_a_chat() -> None:
+    best = [{"token": text, "logprob": -i, "bytes": list(text.encode())} for i, text in enumerate("ab")]
+    other = {"token": "bytes:\\xf0", "logprob": -7.5, "bytes": [0xF0], "top_logprobs": best}
+    read = choice_of({"message": {"content": None}, "logprobs": {"content": [other], "refusal": None}})
+    tops = (Logprob("a", 0, raw=b"a"), Logprob("b", -1, raw=b"b"))
+    assert read.logprobs == (Logprob("bytes:\\xf0", -7.5, tops, raw=b"\xf0"),)
+    assert (read.text, read.tool_calls, read.reasoning, read.token_ids) == ("", (), "", None)
+
+
+def test_logprobs_of_a_completion_and_of_its_prompt() -> None:
+    written = {
+        "tokens": ["x", "y"], "token_logprobs": [None, -1.5], "top_logprobs": [None, {"z": -0.5, "y": -1.5}],
+        "text_offset": [0, 1],
+    }  # fmt: skip
+    of_prompt = [None, {"17": {"logprob": -2.0, "rank": 3, "decoded_token": "x"}}]
+    own = {"prompt_logprobs": of_prompt, "prompt_token_ids": [4, 17], "token_ids": [5]}
+    read = choice_of({"text": "xy", "logprobs": written, **own})
+    assert read.logprobs == (
+        Logprob("x", None, offset=0),
+        Logprob("y", -1.5, (Logprob("z", -0.5), Logprob("y", -1.5)), offset=1),
+    )
+    assert read.prompt_logprobs == (None, {17: PromptLogprob("x", -2.0, 3)})
+    assert (read.prompt_token_ids, read.token_ids) == ((4, 17), (5,))
+
+
+def test_what_a_chat_tells_of_its_prompt_is_every_choice_s() -> None:
+    beside = {"prompt_logprobs": [None, {"17": {"logprob": -2.0, "rank": 3, "decoded_token": "x"}}]}
+    read = choice_of({"message": {"content": "x"}, "token_ids": [5]}, prompt_token_ids=[4, 17], **beside)
+    assert read.prompt_logprobs == (None, {17: PromptLogprob("x", -2.0, 3)})
+    assert (read.prompt_token_ids, read.token_ids) == ((4, 17), (5,))
+
+
+def test_calls_of_tools() -> None:
+    function = {"name": "turn", "arguments": '{"to": "left"}'}
+    message = {
+        "role": "assistant", "content": None, "reasoning": "Hm.",
+        "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+    }  # fmt: skip
+    read = choice_of({"message": {**message, "refusal": None, "reasoning_content": "Hm."}})
+    (call,) = read.tool_calls
+    assert call == ToolCall("call_1", "turn", '{"to": "left"}')
+    assert (read.text, read.reasoning) == ("", "Hm.")
+    assert read.message == message, "as it came, and as it goes back"
+    assert call.result("Turned.") == {"role": "tool", "tool_call_id": "call_1", "content": "Turned."}
+    assert choice_of({"message": {"content": ""}}).message == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": {"content": None, "tool_calls": [{"id": "c", "function": {"name": "f"}}]}},
+        {"message": {"content": None, "tool_calls": [3]}},
+        {"message": None},
+        {"text": "x", "logprobs": {"tokens": ["x"]}},
+        {"text": "x", "logprobs": {"content": [{"token": "x"}]}},
+        {"text": "x", "prompt_logprobs": [{"seven": {"logprob": 0, "rank": 1, "decoded_token": "x"}}]},
+        {"text": "x", "token_ids": ["x"]},
+    ],
+)
+def test_choices_of_something_else(choice: dict[str, Any]) -> None:
+    with pytest.raises(errors.ProtocolError):
+        choice_of(choice)
 
 
 def test_vectors_are_the_same_however_they_travel() -> None:

@@ -114,6 +114,21 @@ async def test_text_of_a_streamed_completion(client: Either, server: ScriptedSer
     assert (await text if inspect.isawaitable(text) else text) == "ac"
 
 
+async def test_a_stream_s_whole_answer(client: Either, server: ScriptedServer) -> None:
+    server.script(stream(*chat_events("a", "b", "c")))
+    streamed = await client("stream_chat", "x")
+    async for chunk in chunks_of(streamed):
+        if chunk.text == "a":
+            break
+    answer = await Either(streamed)("answer")
+    assert (answer.text, answer.choices[0].finish_reason) == ("abc", "stop")
+    assert answer.usage == streamed.usage == Usage(7, 3, 4)
+    server.answers.clear()
+    server.script(stream(*chat_events("a", "b")[:2]))
+    with pytest.raises(APIConnectionError, match="broke off"):
+        await Either(await client("stream_chat", "x"))("answer")
+
+
 async def test_closing_a_stream_disconnects(client: Either, server: ScriptedServer) -> None:
     server.script(stream(*chat_events("a")[:2], then="wait", server=server))
     streamed = await client("stream_chat", "x")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from tests.clients.live import KEY, Live
-from tests.live import ROOT
-
-EXAMPLES = ROOT / "clients" / "examples"
+from tests.clients.examples import ARGUMENTS, EXAMPLES, assert_tools, assert_verdict, run
+from tests.clients.live import Live
 
 
 @pytest.fixture
@@ -22,23 +19,12 @@ def url(live: Live) -> str:
     return live.url
 
 
-def run(*command: str, url: str, given: str = "") -> str:
-    """What a command prints, told where the server is. Fails the test where the command fails."""
-    environment = {
-        **os.environ,
-        "SERAPH_BASE_URL": url,
-        "SERAPH_API_KEY": KEY,
-        "PYTHONPATH": str(ROOT / "clients" / "python" / "src"),
-    }
-    done = subprocess.run(command, env=environment, input=given, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(url: str) -> None:
-    models, answer, *events = run("sh", str(EXAMPLES / "curl.sh"), url=url).splitlines()
+    models, answer, *events, called = run("sh", EXAMPLES / "curl.sh", url=url).splitlines()
     assert json.loads(models)["data"][0]["id"] == "tiny"
+    (call,) = json.loads(called)["choices"][0]["message"]["tool_calls"]
+    jsonschema.validate(json.loads(call["function"]["arguments"]), ARGUMENTS)
     whole = json.loads(answer)["choices"][0]["message"]["content"]
     data = [line.removeprefix("data: ") for line in events if line.startswith("data: ")]
     assert data.pop() == "[DONE]"
@@ -46,19 +32,28 @@ def test_curl(url: str) -> None:
 
 
 def test_openai_python(url: str) -> None:
-    printed = run(sys.executable, str(EXAMPLES / "openai_python.py"), url=url)
+    printed = run(sys.executable, EXAMPLES / "openai_python.py", url=url)
     whole, streamed = printed[: len(printed) // 2], printed[len(printed) // 2 :]
     assert whole.strip()
     assert whole == streamed
 
 
+@pytest.mark.parametrize("name", ["openai_tools.py", "seraph_client_tools.py"])
+def test_tools(url: str, name: str) -> None:
+    assert_tools(run(sys.executable, EXAMPLES / name, url=url))
+
+
+def test_openai_parse(url: str) -> None:
+    assert_verdict(run(sys.executable, EXAMPLES / "openai_parse.py", url=url))
+
+
 def test_seraph_client_chat(url: str) -> None:
-    printed = run(sys.executable, str(EXAMPLES / "seraph_client_chat.py"), url=url, given="Hi\nAnd again\n\n")
+    printed = run(sys.executable, EXAMPLES / "seraph_client_chat.py", url=url, given="Hi\nAnd again\n\n")
     assert len(printed) > 10
 
 
 def test_seraph_client_search(url: str) -> None:
-    printed = run(sys.executable, str(EXAMPLES / "seraph_client_search.py"), "what", "is", "water?", url=url)
+    printed = run(sys.executable, EXAMPLES / "seraph_client_search.py", "what", "is", "water?", url=url)
     scores = [float(line.partition("  ")[0]) for line in printed.splitlines()]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
 

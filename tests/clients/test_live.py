@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 from seraph_client import (
+    Answer,
     AsyncClient,
     AuthenticationError,
     BadRequestError,
+    Choice,
     Client,
     ModelFailedError,
     NotFoundError,
+    Tool,
 )
 from tests.clients.either import Either, chunks_of, close
 from tests.clients.live import ADMIN_KEY, CONTEXT, KEY, Live
@@ -51,6 +57,94 @@ async def test_choices_of_several_prompts(client: Either) -> None:
     async for chunk in chunks_of(await client("stream_complete", [[5, 6, 7], [8, 9]], **options)):
         texts[chunk.index] += chunk.text
     assert texts == [choice.text for choice in whole.choices]
+
+
+TURN: Tool = {
+    "type": "function",
+    "function": {
+        "name": "turn",
+        "description": "Turn the ship",
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"enum": ["left", "right"]}, "by": {"type": "integer", "minimum": 1, "maximum": 99}},
+            "required": ["to", "by"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALLS: dict[str, Any] = {"tools": [TURN], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200}
+
+
+async def streamed(client: Either, name: str, *args: Any, **options: Any) -> Answer:
+    """The whole answer of a stream."""
+    answer: Answer = await Either(await client(f"stream_{name}", *args, **options))("answer")
+    return answer
+
+
+def without_ids(choices: Iterable[Choice]) -> list[Choice]:
+    """Choices whose calls have no ids: those of two answers differ."""
+    return [replace(each, tool_calls=tuple(replace(call, id="") for call in each.tool_calls)) for each in choices]
+
+
+async def test_calls_of_tools_whole_and_streamed(client: Either) -> None:
+    question = [{"role": "user", "content": "Turn!"}]
+    options: dict[str, Any] = {**CALLS, "n": 2, "seed": 3, "temperature": 1, "logprobs": True, "return_token_ids": True}
+    whole = await client("chat", question, **options)
+    assert [choice.finish_reason for choice in whole.choices] == ["tool_calls"] * 2
+    for choice in whole.choices:
+        (call,) = choice.tool_calls
+        jsonschema.validate(json.loads(call.arguments), TURN["function"]["parameters"])
+        assert (call.name, choice.text) == ("turn", "")
+        assert len(choice.logprobs) == len(choice.token_ids) - 1, "of all but what ended it"
+    assert without_ids((await streamed(client, "chat", question, **options)).choices) == without_ids(whole.choices)
+    (call,) = whole.tool_calls
+    messages = [*question, whole.message, call.result("Turned.")]
+    onward = await client("chat", messages, tools=[TURN], tool_choice="none", temperature=0, max_tokens=8)
+    assert onward.text and onward.tool_calls == ()
+    assert len(await client("tokenize", question, tools=[TURN])) == whole.usage.prompt_tokens
+
+
+async def test_a_tool_that_is_not_there(client: Either) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        await client("chat", "x", tools=[TURN], tool_choice={"type": "function", "function": {"name": "stop"}})
+    assert caught.value.param == "tool_choice"
+
+
+async def test_forms_of_answers(client: Either) -> None:
+    schema = {"enum": ["left", "right"]}
+    form = {"type": "json_schema", "json_schema": {"name": "side", "schema": schema}}
+    assert (await client("chat", "x", response_format=form, max_tokens=50)).text.strip() in ('"left"', '"right"')
+    chosen = await client("complete", "x", structured_outputs={"choice": ["left", "right"]}, max_tokens=50)
+    assert chosen.text in ("left", "right")
+
+
+async def test_logprobs_whole_and_streamed(client: Either) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "return_token_ids": True}
+    whole = await client("chat", "Hi", logprobs=True, top_logprobs=2, **options)
+    (choice,) = whole.choices
+    assert b"".join(each.raw for each in choice.logprobs).decode(errors="replace").startswith(choice.text)
+    assert [len(each.top) for each in choice.logprobs] == [2] * len(choice.token_ids)
+    assert all(each.top[0].logprob == each.logprob >= each.top[1].logprob for each in choice.logprobs)
+    assert (await streamed(client, "chat", "Hi", logprobs=True, top_logprobs=2, **options)).choices == whole.choices
+    assert len(choice.prompt_token_ids) == whole.usage.prompt_tokens
+    prompts = [[5, 6, 7], [8, 9]]
+    whole = await client("complete", prompts, logprobs=1, **options)
+    assert (await streamed(client, "complete", prompts, logprobs=1, **options)).choices == whole.choices
+    assert [choice.prompt_token_ids for choice in whole.choices] == [(5, 6, 7), (8, 9)]
+    assert all(each.top and each.offset is not None for choice in whole.choices for each in choice.logprobs)
+
+
+async def test_logprobs_of_prompts(client: Either) -> None:
+    (choice,) = (await client("complete", [5, 6, 7], max_tokens=0, echo=True, logprobs=0)).choices
+    first, *scored = choice.logprobs
+    assert first.logprob is None
+    (other,) = (await client("complete", [5, 6, 7], max_tokens=1, prompt_logprobs=0)).choices
+    assert other.prompt_logprobs[0] is None
+    own = [each[id] for each, id in zip(other.prompt_logprobs[1:], (6, 7), strict=True)]
+    assert [one.logprob for one in own] == [each.logprob for each in scored]
+    assert all(one.rank >= 1 for one in own)
+    chat = await client("chat", "Hi", n=2, max_tokens=1, prompt_logprobs=1)
+    assert [len(choice.prompt_logprobs) for choice in chat.choices] == [chat.usage.prompt_tokens] * 2
 
 
 async def test_vectors(client: Either) -> None:
@@ -124,7 +218,7 @@ async def test_a_model_that_does_not_load(client: Either, live: Live) -> None:
 
 def test_what_the_readme_shows(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
     readme = (ROOT / "clients" / "python" / "README.md").read_text()
-    generating, operating = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     ours = {
         '"http://127.0.0.1:8000"': f'"{live.url}", api_key="{KEY}"',
         "the-admin-key": ADMIN_KEY,
@@ -132,11 +226,10 @@ def test_what_the_readme_shows(live: Live, capsys: pytest.CaptureFixture[str]) -
     }
     for written, here in ours.items():
         assert written in readme
-        generating, operating = generating.replace(written, here), operating.replace(written, here)
-    exec(generating, {})
-    assert "Usage(prompt_tokens=" in capsys.readouterr().out
-    exec(operating, {})
-    assert "gemma ready None" in capsys.readouterr().out
+        blocks = [block.replace(written, here) for block in blocks]
+    for block, printed in zip(blocks, ("Usage(prompt_tokens=", "weather ", "gemma ready None"), strict=True):
+        exec(block, {})
+        assert printed in capsys.readouterr().out
 
 
 async def test_wrong_keys(live: Live) -> None:

@@ -187,6 +187,7 @@ def test_calls_of_tools(sdk: OpenAI) -> None:
         messages=[*QUESTION, sent_back, {"role": "tool", "tool_call_id": call.id, "content": "Turned."}],
         tools=[TOOL],
         tool_choice="none",
+        temperature=0,
         max_tokens=8,
     )
     assert onward.choices[0].message.content and not onward.choices[0].message.tool_calls

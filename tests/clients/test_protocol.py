@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from typing import Any
 
 import pytest
 
 from seraph_client import LoadedModel, Model, ModelFailedError, ProtocolError, Timeouts, protocol
+from seraph_client.options import ChatOptions, CompletionOptions, EmbedOptions, TextOptions
 from tests.live import ROOT
 
 
@@ -34,12 +36,41 @@ def test_fields_of_requests_about_texts() -> None:
     assert protocol.rerank("q", ["a"], "m", {}, top_n=1, return_documents=False).body == {
         "model": "m", "query": "q", "documents": ["a"], "top_n": 1, "return_documents": False,
     }  # fmt: skip
-    assert protocol.tokenize("a", "m", {}, add_special_tokens=False).body == {
+    assert protocol.tokenize("a", "m", {"add_special_tokens": False}).body == {
         "model": "m", "prompt": "a", "add_special_tokens": False,
     }  # fmt: skip
     assert protocol.tokenize([{"role": "user", "content": "a"}], "m", {}).body == {
         "model": "m", "messages": [{"role": "user", "content": "a"}],
     }  # fmt: skip
+
+
+NOT_OPTIONS = {
+    "chat/completions": {"messages", "stream", "stream_options", "max_completion_tokens"},  # max_tokens by a newer name
+    "completions": {"prompt", "stream", "stream_options"},
+    "embeddings": {"input"},
+    "score": {"text_1", "text_2"},
+}
+"""What the client writes itself, or has under another name."""
+
+OLDER_NAMES = {"guided_json", "guided_regex", "guided_choice", "guided_grammar"}  # of structured_outputs
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("chat/completions", ChatOptions),
+        ("completions", CompletionOptions),
+        ("embeddings", EmbedOptions),
+        ("score", TextOptions),
+    ],
+)
+def test_every_field_of_the_api_is_an_option(path: str, options: Any) -> None:
+    section = (ROOT / "docs" / "api.md").read_text().partition(f"## POST /v1/{path}\n")[2].partition("\n##")[0]
+    fields = dict(re.findall(r"^\| `(\w+)` \| (works|hint) \|", section, re.MULTILINE))
+    named = options.__optional_keys__ - {"timeout", "extra"}
+    working = {name for name, what in fields.items() if what == "works"} - OLDER_NAMES
+    assert len(working) > 4 and working == named - {"user"} | NOT_OPTIONS[path]
+    assert "user" in fields
 
 
 def test_names_in_paths() -> None:

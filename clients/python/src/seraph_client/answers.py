@@ -18,12 +18,16 @@ from seraph_client.types import (
     Health,
     LoadedModel,
     LoadedModels,
+    Logprob,
     Model,
     Progress,
+    PromptLogprob,
+    PromptLogprobs,
     Ranked,
     Ranking,
     Scores,
     Tokens,
+    ToolCall,
     Usage,
 )
 
@@ -148,6 +152,23 @@ def usage(value: Mapping[str, Any]) -> Usage:
     return Usage(value["prompt_tokens"], value["completion_tokens"], details.get("cached_tokens") or 0)
 
 
+def logprobs(value: Mapping[str, Any] | None) -> tuple[Logprob, ...] | None:
+    """Of a choice of a chat or of a completion."""
+    if value is None:
+        return None
+    if "content" in value:
+        return tuple(_logprob(each) for each in value["content"])
+    columns = (value[name] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"))
+    return tuple(
+        Logprob(token, logprob, tuple(Logprob(*one) for one in (top or {}).items()), offset=offset)
+        for token, logprob, top, offset in zip(*columns, strict=True)
+    )
+
+
+def token_ids(value: list[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(map(int, value))
+
+
 def quoted(text: str) -> str:
     return repr(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
 
@@ -162,19 +183,47 @@ def _read(reply: Reply, parse: Callable[[Any], T]) -> T:
 
 
 def _answer(value: Any) -> Answer:
-    choices = [
-        Choice(
-            index=choice["index"],
-            text=(choice["message"]["content"] or "") if "message" in choice else choice["text"],
-            finish_reason=choice["finish_reason"],
-            logprobs=choice.get("logprobs"),
-        )
-        for choice in value["choices"]
-    ]
+    choices = [_choice({**value, **choice}) for choice in value["choices"]]
     choices.sort(key=lambda choice: choice.index)
     if not choices:
         raise ValueError("no choices")
     return Answer(id=value["id"], model=value["model"], choices=tuple(choices), usage=usage(value["usage"]))
+
+
+def _choice(value: Mapping[str, Any]) -> Choice:
+    """Of a choice, and what stands beside the choices: a chat's prompt."""
+    message = value.get("message") or {}
+    return Choice(
+        index=value["index"],
+        text=(message["content"] or "") if "message" in value else value["text"],
+        finish_reason=value["finish_reason"],
+        logprobs=logprobs(value.get("logprobs")),
+        tool_calls=tuple(_tool_call(each) for each in message.get("tool_calls") or ()),
+        reasoning=message.get("reasoning") or "",
+        token_ids=token_ids(value.get("token_ids")),
+        prompt_token_ids=token_ids(value.get("prompt_token_ids")),
+        prompt_logprobs=_prompt_logprobs(value.get("prompt_logprobs")),
+    )
+
+
+def _tool_call(value: Mapping[str, Any]) -> ToolCall:
+    function = value["function"]
+    return ToolCall(value["id"], function["name"], function["arguments"])
+
+
+def _prompt_logprobs(value: Any) -> PromptLogprobs | None:
+    if value is None:
+        return None
+    return tuple(
+        each and {int(id): PromptLogprob(one["decoded_token"], one["logprob"], one["rank"]) for id, one in each.items()}
+        for each in value
+    )
+
+
+def _logprob(value: Any) -> Logprob:
+    top = tuple(_logprob(each) for each in value.get("top_logprobs") or ())
+    raw = value.get("bytes")
+    return Logprob(value["token"], value["logprob"], top, raw=None if raw is None else bytes(raw))
 
 
 def _vector(value: Any) -> array[float]:

@@ -14,27 +14,31 @@ import httpx
 
 from seraph_client import protocol
 from seraph_client.errors import APIConnectionError, NotFoundError, OverloadedError
+from seraph_client.options import (
+    CallOptions,
+    ChatOptions,
+    CompletionOptions,
+    EmbedOptions,
+    Messages,
+    ModelOptions,
+    Prompt,
+    TextOptions,
+    Texts,
+    TokenizeOptions,
+)
 from seraph_client.protocol import DEFAULT_BASE_URL, DEFAULT_TIMEOUTS, EMBED, GENERATE, SCORE, Call
 from seraph_client.reader import StreamFacts, StreamReader
 from seraph_client.retries import Deadline, Retries, Timeouts
 from seraph_client.types import (
     Answer,
-    CallOptions,
     Chunk,
     Embeddings,
-    EmbedOptions,
     Health,
     LoadedModel,
     LoadedModels,
-    Messages,
     Model,
-    ModelOptions,
-    Options,
-    Prompt,
     Ranking,
     Scores,
-    TextOptions,
-    Texts,
     Tokens,
 )
 
@@ -63,6 +67,12 @@ class AsyncStream(StreamFacts, AsyncIterator[Chunk]):
     async def text(self) -> str:
         """The rest of the first choice's text."""
         return "".join([chunk.text async for chunk in self if chunk.index == 0])
+
+    async def answer(self) -> Answer:
+        """The whole answer, what has been iterated over included, once its rest has come."""
+        async for _ in self:
+            pass
+        return self._reader.answer()
 
     async def close(self) -> None:
         """End the answer here. What has been received and not been iterated over is lost."""
@@ -125,25 +135,25 @@ class AsyncClient:
 
     # Generation
 
-    async def chat(self, messages: Messages, **options: Unpack[Options]) -> Answer:
+    async def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Answer:
         """The assistant's answer to a conversation."""
         deadline = self._deadline(options)
         model = await self._model_for(GENERATE, options, deadline)
         return await self._whole(protocol.chat(messages, model, options), deadline)
 
-    async def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> AsyncStream:
+    async def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncStream:
         """The same, piece by piece. Raises here as long as no answer has begun."""
         deadline = self._deadline(options)
         model = await self._model_for(GENERATE, options, deadline)
         return AsyncStream(await self._send(protocol.chat(messages, model, options, stream=True), deadline), deadline)
 
-    async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+    async def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Answer:
         """The continuation of a text or of token ids; of several prompts, `n` choices each."""
         deadline = self._deadline(options)
         model = await self._model_for(GENERATE, options, deadline)
         return await self._whole(protocol.complete(prompt, model, options), deadline)
 
-    async def stream_complete(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
+    async def stream_complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> AsyncStream:
         """The same, piece by piece. Raises here as long as no answer has begun."""
         deadline = self._deadline(options)
         model = await self._model_for(GENERATE, options, deadline)
@@ -178,14 +188,11 @@ class AsyncClient:
         call = protocol.rerank(query, documents, model, options, top_n=top_n, return_documents=return_documents)
         return await self._whole(call, deadline)
 
-    async def tokenize(
-        self, text: Messages, *, add_special_tokens: bool | None = None, **options: Unpack[ModelOptions]
-    ) -> Tokens:
+    async def tokenize(self, text: Messages, **options: Unpack[TokenizeOptions]) -> Tokens:
         """The token ids of a text, or of a conversation as the model gets to read it."""
         deadline = self._deadline(options)
         model = await self._model_for(None, options, deadline)
-        call = protocol.tokenize(text, model, options, add_special_tokens=add_special_tokens)
-        return await self._whole(call, deadline)
+        return await self._whole(protocol.tokenize(text, model, options), deadline)
 
     async def detokenize(self, tokens: Sequence[int], **options: Unpack[ModelOptions]) -> str:
         """The text of token ids."""

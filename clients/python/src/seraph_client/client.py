@@ -13,27 +13,31 @@ import httpx
 
 from seraph_client import protocol
 from seraph_client.errors import APIConnectionError, NotFoundError, OverloadedError
+from seraph_client.options import (
+    CallOptions,
+    ChatOptions,
+    CompletionOptions,
+    EmbedOptions,
+    Messages,
+    ModelOptions,
+    Prompt,
+    TextOptions,
+    Texts,
+    TokenizeOptions,
+)
 from seraph_client.protocol import DEFAULT_BASE_URL, DEFAULT_TIMEOUTS, EMBED, GENERATE, SCORE, Call
 from seraph_client.reader import StreamFacts, StreamReader
 from seraph_client.retries import Deadline, Retries, Timeouts
 from seraph_client.types import (
     Answer,
-    CallOptions,
     Chunk,
     Embeddings,
-    EmbedOptions,
     Health,
     LoadedModel,
     LoadedModels,
-    Messages,
     Model,
-    ModelOptions,
-    Options,
-    Prompt,
     Ranking,
     Scores,
-    TextOptions,
-    Texts,
     Tokens,
 )
 
@@ -62,6 +66,12 @@ class Stream(StreamFacts, Iterator[Chunk]):
     def text(self) -> str:
         """The rest of the first choice's text."""
         return "".join(chunk.text for chunk in self if chunk.index == 0)
+
+    def answer(self) -> Answer:
+        """The whole answer, what has been iterated over included, once its rest has come."""
+        for _ in self:
+            pass
+        return self._reader.answer()
 
     def close(self) -> None:
         """End the answer here. What has been received and not been iterated over is lost."""
@@ -123,25 +133,25 @@ class Client:
 
     # Generation
 
-    def chat(self, messages: Messages, **options: Unpack[Options]) -> Answer:
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Answer:
         """The assistant's answer to a conversation."""
         deadline = self._deadline(options)
         model = self._model_for(GENERATE, options, deadline)
         return self._whole(protocol.chat(messages, model, options), deadline)
 
-    def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> Stream:
+    def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Stream:
         """The same, piece by piece. Raises here as long as no answer has begun."""
         deadline = self._deadline(options)
         model = self._model_for(GENERATE, options, deadline)
         return Stream(self._send(protocol.chat(messages, model, options, stream=True), deadline), deadline)
 
-    def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+    def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Answer:
         """The continuation of a text or of token ids; of several prompts, `n` choices each."""
         deadline = self._deadline(options)
         model = self._model_for(GENERATE, options, deadline)
         return self._whole(protocol.complete(prompt, model, options), deadline)
 
-    def stream_complete(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+    def stream_complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Stream:
         """The same, piece by piece. Raises here as long as no answer has begun."""
         deadline = self._deadline(options)
         model = self._model_for(GENERATE, options, deadline)
@@ -176,14 +186,11 @@ class Client:
         call = protocol.rerank(query, documents, model, options, top_n=top_n, return_documents=return_documents)
         return self._whole(call, deadline)
 
-    def tokenize(
-        self, text: Messages, *, add_special_tokens: bool | None = None, **options: Unpack[ModelOptions]
-    ) -> Tokens:
+    def tokenize(self, text: Messages, **options: Unpack[TokenizeOptions]) -> Tokens:
         """The token ids of a text, or of a conversation as the model gets to read it."""
         deadline = self._deadline(options)
         model = self._model_for(None, options, deadline)
-        call = protocol.tokenize(text, model, options, add_special_tokens=add_special_tokens)
-        return self._whole(call, deadline)
+        return self._whole(protocol.tokenize(text, model, options), deadline)
 
     def detokenize(self, tokens: Sequence[int], **options: Unpack[ModelOptions]) -> str:
         """The text of token ids."""

@@ -21,23 +21,20 @@ from seraph_client.errors import (
     ProtocolError,
     SeraphClientError,
 )
-from seraph_client.retries import NEVER, Deadline, Retries, Timeouts
-from seraph_client.types import (
-    Answer,
-    Embeddings,
+from seraph_client.options import (
+    ChatOptions,
+    CompletionOptions,
     EmbedOptions,
-    LoadedModel,
     Messages,
-    Model,
     ModelOptions,
     Options,
     Prompt,
-    Ranking,
-    Scores,
     TextOptions,
     Texts,
-    Tokens,
+    TokenizeOptions,
 )
+from seraph_client.retries import NEVER, Deadline, Retries, Timeouts
+from seraph_client.types import Answer, Embeddings, LoadedModel, Model, Ranking, Scores, Tokens
 
 VERSION = "0.1.0"
 
@@ -128,13 +125,13 @@ def deadline_error(request_id: str | None = None) -> APITimeoutError:
 # Generation
 
 
-def chat(messages: Messages, model: str, options: Options, *, stream: bool = False) -> Call[Answer]:
+def chat(messages: Messages, model: str, options: ChatOptions, *, stream: bool = False) -> Call[Answer]:
     """The assistant's answer to a conversation."""
     body = _streaming({"messages": as_messages(messages)}, model, options, stream=stream)
     return Call("POST", "/v1/chat/completions", answers.answer, body)
 
 
-def complete(prompt: Prompt, model: str, options: Options, *, stream: bool = False) -> Call[Answer]:
+def complete(prompt: Prompt, model: str, options: CompletionOptions, *, stream: bool = False) -> Call[Answer]:
     """The continuation of prompts."""
     return Call(
         "POST", "/v1/completions", answers.answer, _streaming({"prompt": prompt}, model, options, stream=stream)
@@ -188,13 +185,9 @@ def rerank(
     return Call("POST", "/v1/rerank", answers.ranking, _body(read, model, options))
 
 
-def tokenize(
-    text: Messages, model: str, options: ModelOptions, *, add_special_tokens: bool | None = None
-) -> Call[Tokens]:
+def tokenize(text: Messages, model: str, options: TokenizeOptions) -> Call[Tokens]:
     """The token ids of a text, or of a conversation as the chat template renders it."""
     read: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"messages": as_messages(text)}
-    if add_special_tokens is not None:
-        read["add_special_tokens"] = add_special_tokens
     return Call("POST", "/tokenize", answers.tokens, _body(read, model, options))
 
 

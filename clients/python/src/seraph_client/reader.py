@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from seraph_client.answers import quoted, usage
+from seraph_client.answers import logprobs, quoted, token_ids, usage
 from seraph_client.errors import APIConnectionError, ProtocolError, SeraphClientError, StreamError
 from seraph_client.sse import EventDecoder
-from seraph_client.types import Chunk, Usage
+from seraph_client.types import Answer, Choice, Chunk, ToolCall, ToolCallDelta, Usage
+
+T = TypeVar("T")
 
 
 class StreamReader:
@@ -20,6 +24,8 @@ class StreamReader:
     def __init__(self, request_id: str | None = None) -> None:
         self._events = EventDecoder()
         self._chunks: deque[Chunk] = deque()
+        self._given: list[Chunk] = []
+        self._is_cut = False  # not all of the answer was given out, nor will be
         self._failure: SeraphClientError | None = None
         self.request_id = request_id
         self.id: str | None = None
@@ -34,10 +40,23 @@ class StreamReader:
         Raises SeraphClientError.
         """
         if self._chunks:
-            return self._chunks.popleft()
+            self._given.append(self._chunks.popleft())
+            return self._given[-1]
         if self._failure is not None:
             raise self._failure
         return None
+
+    def answer(self) -> Answer:
+        """All chunks put together, once they have been given out. Raises SeraphClientError where some were dropped."""
+        if self._is_cut:
+            raise APIConnectionError("The stream was closed before its end was read.", request_id=self.request_id)
+        if self.id is None or self.model is None or self.usage is None:
+            raise ProtocolError("The stream has not told its id, model and usage.", request_id=self.request_id)
+        gathered = defaultdict[int, list[Chunk]](list)
+        for chunk in self._given:
+            gathered[chunk.index].append(chunk)
+        choices = tuple(_joined(index, gathered[index]) for index in sorted(gathered))
+        return Answer(self.id, self.model, choices, self.usage)
 
     def feed(self, received: bytes) -> None:
         """More bytes of the answer."""
@@ -67,6 +86,7 @@ class StreamReader:
 
     def drop(self) -> None:
         """The caller wants no more: what has come and was not given out is lost, a failure too."""
+        self._is_cut |= bool(self._chunks) or not self.is_done
         self._chunks.clear()
         self._failure = None
         self.is_done = self.has_ended = True
@@ -81,17 +101,60 @@ class StreamReader:
             self.id, self.model = value["id"], value["model"]
             if (counted := value.get("usage")) is not None:
                 self.usage = usage(counted)
-            return [
-                Chunk(
-                    index=choice["index"],
-                    text=(choice["delta"].get("content") or "") if "delta" in choice else choice["text"],
-                    finish_reason=choice["finish_reason"],
-                    logprobs=choice.get("logprobs"),
-                )
-                for choice in value["choices"]
-            ]
+            return [_chunk({**value, **choice}) for choice in value["choices"]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ProtocolError(f"An event is not what the API describes: {quoted(data)}") from None
+
+
+def _chunk(value: Mapping[str, Any]) -> Chunk:
+    """Of a choice, and what stands beside the choices: a chat's prompt."""
+    delta = value.get("delta") or {}
+    return Chunk(
+        index=value["index"],
+        text=(delta.get("content") or "") if "delta" in value else value["text"],
+        finish_reason=value["finish_reason"],
+        logprobs=logprobs(value.get("logprobs")),
+        tool_calls=tuple(_tool_call_delta(each) for each in delta.get("tool_calls") or ()),
+        reasoning=delta.get("reasoning") or "",
+        token_ids=token_ids(value.get("token_ids")),
+        prompt_token_ids=token_ids(value.get("prompt_token_ids")),
+    )
+
+
+def _tool_call_delta(value: Mapping[str, Any]) -> ToolCallDelta:
+    function = value["function"]
+    return ToolCallDelta(value["index"], value.get("id"), function.get("name"), function.get("arguments") or "")
+
+
+def _joined(index: int, chunks: Sequence[Chunk]) -> Choice:
+    """A choice out of its chunks."""
+    calls = defaultdict[int, list[ToolCallDelta]](list)
+    for delta in (delta for chunk in chunks for delta in chunk.tool_calls):
+        calls[delta.index].append(delta)
+    return Choice(
+        index=index,
+        text="".join(chunk.text for chunk in chunks),
+        finish_reason="".join(chunk.finish_reason or "" for chunk in chunks),
+        logprobs=_concatenated(chunk.logprobs for chunk in chunks),
+        tool_calls=tuple(_tool_call(calls[which]) for which in sorted(calls)),
+        reasoning="".join(chunk.reasoning for chunk in chunks),
+        token_ids=_concatenated(chunk.token_ids for chunk in chunks),
+        prompt_token_ids=_concatenated(chunk.prompt_token_ids for chunk in chunks),
+    )
+
+
+def _tool_call(deltas: Sequence[ToolCallDelta]) -> ToolCall:
+    return ToolCall(
+        id="".join(delta.id or "" for delta in deltas),
+        name="".join(delta.name or "" for delta in deltas),
+        arguments="".join(delta.arguments for delta in deltas),
+    )
+
+
+def _concatenated(parts: Iterable[tuple[T, ...] | None]) -> tuple[T, ...] | None:
+    """None where no part is there."""
+    there = [part for part in parts if part is not None]
+    return tuple(each for part in there for each in part) if there else None
 
 
 class StreamFacts:

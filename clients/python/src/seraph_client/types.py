@@ -1,85 +1,17 @@
-"""What requests take and answers give."""
+"""What answers give."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING
 
-from seraph_client.retries import Timeouts
+from seraph_client.options import Message
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-Message = Mapping[str, Any]
-"""{"role": "user", "content": "Hi"}, and whatever else the API knows of messages."""
-
-Messages = str | Sequence[Message]
-"""A conversation; a string stands for one user message."""
-
-Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-"""Text or token ids, or several of either."""
-
-Texts = str | Sequence[str]
-"""A text, or several."""
-
-
-class CallOptions(TypedDict, total=False):
-    """What every call takes beside its own fields."""
-
-    timeout: Timeouts | float
-    """In place of the client's; a number is the whole call's. Not sent."""
-
-
-class ModelOptions(CallOptions, total=False):
-    """What every call to a model takes; the server's defaults hold for fields left out."""
-
-    model: str
-    extra: Mapping[str, Any]
-    """Further fields, sent as they are."""
-
-
-class Options(ModelOptions, total=False):
-    """Fields of a chat or completion request beside what the model is to read."""
-
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    n: int
-    seed: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    logit_bias: Mapping[str, float]
-    ignore_eos: bool
-    priority: int  # lower runs first
-    cache_salt: str
-    echo: bool  # of completions: the prompt before the answer
-    add_special_tokens: bool  # of completions: whether text gets the tokenizer's BOS
-    user: str
-
-
-class TextOptions(ModelOptions, total=False):
-    """Fields of a request about texts beside the texts."""
-
-    truncate_prompt_tokens: int  # cut longer texts to so many; -1: to as many as the model reads
-    priority: int  # lower runs first
-    user: str
-
-
-class EmbedOptions(TextOptions, total=False):
-    """Fields of an embeddings request beside the texts."""
-
-    dimensions: int
-    encoding_format: Literal["float", "base64"]
-    """How vectors travel, base64 where this is left out: a quarter of the bytes, the same numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +28,77 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token of an answer and how likely it was."""
+
+    token: str  # its text; "bytes:\xf0\x9f" where that is none by itself
+    logprob: float | None  # None: of an echoed prompt's first token, which nothing predicts
+    top: tuple[Logprob, ...] = ()  # the most likely ones in its place, the best first
+    raw: bytes | None = None  # of chats: what the token contributes to text
+    offset: int | None = None  # of completions: characters of the choice's text before it
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """A token of a prompt, or one in its place, and how likely it was."""
+
+    token: str
+    logprob: float
+    rank: int  # 1: nothing was likelier
+
+
+PromptLogprobs = tuple[Mapping[int, PromptLogprob] | None, ...]
+"""For each of a prompt's tokens, by token id: its own and those of the likeliest; None for the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an answer makes."""
+
+    id: str
+    name: str
+    arguments: str  # the text of a JSON object; the beginning of one where the answer was cut off
+
+    def result(self, content: str) -> Message:
+        """The message that tells the model what the call has returned."""
+        return {"role": "tool", "tool_call_id": self.id, "content": content}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """What a call of a streamed answer gained. `id` and `name` come once, when it begins."""
+
+    index: int  # among the choice's calls
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the answers to a request."""
+    """One of the answers to a request. What was not asked for is None."""
 
     index: int
     text: str
-    finish_reason: str  # "stop" or "length"
-    logprobs: Mapping[str, Any] | None = None  # as the API gives them
+    finish_reason: str  # "stop", "length" or "tool_calls"
+    logprobs: tuple[Logprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""  # what a model that reasons wrote before its answer
+    token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+
+    @property
+    def message(self) -> Message:
+        """The choice as a message, for a conversation that goes on."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.tool_calls
+        ]
+        message: dict[str, object] = {"role": "assistant", "content": self.text or (None if calls else "")}
+        if self.reasoning:
+            message["reasoning"] = self.reasoning
+        return {**message, "tool_calls": calls} if calls else message
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +115,16 @@ class Answer:
         """The first choice's text."""
         return self.choices[0].text
 
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The first choice's calls."""
+        return self.choices[0].tool_calls
+
+    @property
+    def message(self) -> Message:
+        """The first choice as a message, for a conversation that goes on."""
+        return self.choices[0].message
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -127,7 +133,11 @@ class Chunk:
     index: int
     text: str
     finish_reason: str | None  # set on the choice's last chunk
-    logprobs: Mapping[str, Any] | None = None
+    logprobs: tuple[Logprob, ...] | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    reasoning: str = ""
+    token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
