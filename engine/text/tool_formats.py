@@ -56,8 +56,17 @@ LLAMA3_JSON = ToolFormat(
     name="llama3_json", begin='{"name": "', before="", between='", "parameters": ', only_first=True
 )
 MISTRAL = ToolFormat(name="mistral", begin="[TOOL_CALLS]", opening="[", separator=", ", close="]", id_length=9)
+MISTRAL_V11 = ToolFormat(
+    name="mistral_v11",
+    begin="[TOOL_CALLS]",
+    before="",
+    between="[ARGS]",  # some templates show [CALL_ID] and the id before it; an answer's ids are ours
+    end="",
+    separator="[TOOL_CALLS]",
+    id_length=9,
+)
 
-FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, GENERIC)}
+FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_V11, GENERIC)}
 
 
 def find_format(template: ChatTemplate) -> ToolFormat:
@@ -68,8 +77,8 @@ def find_format(template: ChatTemplate) -> ToolFormat:
     # Newer templates of these families put other things between the same markers.
     if "<tool_call>" in source and not any(other in source for other in ("<function=", "<arg_key>")):
         return HERMES
-    if "[TOOL_CALLS]" in source and not any(other in source for other in ("[ARGS]", "[CALL_ID]")):
-        return MISTRAL
+    if "[TOOL_CALLS]" in source:
+        return MISTRAL_V11 if "[ARGS]" in source else MISTRAL
     if '"parameters": ' in source and "ipython" in source:
         return LLAMA3_JSON
     return GENERIC

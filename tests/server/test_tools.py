@@ -103,7 +103,7 @@ async def test_calls_whole_and_streamed(form: ToolFormat) -> None:
         ]
         ids = [call["id"] for call in message["tool_calls"]]
         assert len(set(ids)) == len(ids)
-        assert all(len(id) == 9 if form is MISTRAL else id.startswith("call_") for id in ids)
+        assert all(len(id) == form.id_length if form.id_length is not None else id.startswith("call_") for id in ids)
 
 
 async def test_an_answer_without_calls() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.errors import EngineError
 from engine.text.answer_parser import AnswerParser, Arguments, CallBegin, Content, Event, Reasoning
-from engine.text.tool_formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, ToolFormat
+from engine.text.tool_formats import FORMATS, HERMES, ToolFormat
 
 
 def write(form: ToolFormat, *calls: tuple[str, str]) -> str:
@@ -68,7 +68,7 @@ def test_reasoning() -> None:
     assert read(None, "<think>a</think>") == [Content("<think>a</think>")]
 
 
-@pytest.mark.parametrize("form", [HERMES, LLAMA3_JSON, MISTRAL], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
 def test_the_end_may_come_anywhere(form: ToolFormat) -> None:
     whole = write(form, ("f", TRICKY))
     for size in range(len(whole)):

@@ -49,6 +49,32 @@ QWEN_CODER = """\
 {%- endfor %}
 """
 
+MISTRAL_V11 = """\
+{{- bos_token }}
+{%- if tools %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- '[SYSTEM_PROMPT]' + message.content + '[/SYSTEM_PROMPT]' }}
+    {%- elif message.role == 'user' %}
+        {{- '[INST]' + message.content + '[/INST]' }}
+    {%- elif message.role == 'assistant' %}
+        {{- message.content or '' }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if call.id | length != 9 %}{{- raise_exception('Ids have 9 characters.') }}{%- endif %}
+            {{- '[TOOL_CALLS]' + call.function.name + '[CALL_ID]' + call.id + '[ARGS]' }}
+            {{- call.function.arguments | tojson }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message.role == 'tool' %}
+        {{- '[TOOL_RESULTS]' + message.tool_call_id + '[TOOL_CONTENT]' + message.content + '[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}
+"""
+MISTRAL_V13 = MISTRAL_V11
+for shown in ("'[CALL_ID]' + call.id + ", "message.tool_call_id + '[TOOL_CONTENT]' + "):
+    MISTRAL_V13 = MISTRAL_V13.replace(shown, "")
+"""The same without ids."""
+
 DISTILLED = """\
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
