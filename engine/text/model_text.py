@@ -103,7 +103,8 @@ class ModelText:
         assert self.tool_format is not None
         if not self.tool_format.is_templated and (tools or not self.template.knows_tools):
             try:
-                messages, tools = generic_history(messages, tools, shows_system=self._shows_system), None
+                messages = generic_history(messages, tools, shows_system=self._shows_system, form=self.tool_format)
+                tools = None
             except RecursionError:  # of what writes them as JSON
                 raise RequestError("The tools, or their calls, are nested too deeply.", param="tools") from None
         elif self.tool_format.id_length is not None:

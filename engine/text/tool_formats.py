@@ -36,6 +36,7 @@ class ToolFormat:
     only_first: bool = False  # calls take the place of text: `begin` counts at the answer's first character alone
     id_length: int | None = None  # of calls, where the template insists on it
     is_templated: bool = True  # the chat template shows tools, calls and results
+    tools_in_system: bool = False  # it shows no more than tools, those that the system message brings along as JSON
 
     @property
     def markers(self) -> str:
@@ -66,14 +67,24 @@ MISTRAL_V11 = ToolFormat(
     id_length=9,
 )
 
-FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_V11, GENERIC)}
+PHI4_MINI = ToolFormat(
+    name="phi4_mini",
+    begin="<|tool_call|>",
+    opening="[",
+    separator=", ",
+    close="]<|/tool_call|>",
+    is_templated=False,
+    tools_in_system=True,
+)
+
+FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_V11, PHI4_MINI, GENERIC)}
 
 
 def find_format(template: ChatTemplate) -> ToolFormat:
     """The format that a template renders calls in. GENERIC where it shows no tools, or in a way not known here."""
     source = template.source
     if not template.reads("tools"):
-        return GENERIC
+        return PHI4_MINI if "<|tool|>" in source and "message['tools']" in source else GENERIC
     # Newer templates of these families put other things between the same markers.
     if "<tool_call>" in source and not any(other in source for other in ("<function=", "<arg_key>")):
         return HERMES
@@ -102,9 +113,13 @@ What it returned then comes as <tool_response>."""
 
 
 def generic_history(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, *, shows_system: bool
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    shows_system: bool,
+    form: ToolFormat = GENERIC,
 ) -> list[dict[str, Any]]:
-    """A conversation in plain messages, for a template that knows no tools.
+    """A conversation in plain messages, for a template that knows no tools, or nothing but tools.
 
     The tools are described in the system message, or with the first message where the template shows none of that
     role. Calls become the assistant's text as it wrote them, results messages of the user, those that follow each
@@ -120,12 +135,16 @@ def generic_history(
             continue
         made = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
         if calls := message.get("tool_calls"):
-            written = [_written(call["function"]) for call in calls]
-            made["content"] = "\n".join([text for text in (_text(message.get("content")),) if text] + written)
+            said = (_text(message.get("content")), _written(form, calls))
+            made["content"] = "\n".join(text for text in said if text)
         plain.append(made)
     for message in plain:
         message.pop("is_result", None)
-    if tools:
+    if tools and form.tools_in_system:
+        if not plain or plain[0].get("role") != "system":
+            plain.insert(0, {"role": "system", "content": "You are a helpful assistant with some tools."})
+        plain[0] = {**plain[0], "tools": json.dumps([tool["function"] for tool in tools], ensure_ascii=False)}
+    elif tools:
         _introduce(plain, tools, shows_system=shows_system)
     return plain
 
@@ -141,9 +160,13 @@ def _introduce(plain: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], 
         plain.insert(0, {"role": "system" if shows_system else "user", "content": introduction})
 
 
-def _written(function: Mapping[str, Any]) -> str:
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
-    return f"<tool_call>\n{GENERIC.before}{function['name']}{GENERIC.between}{arguments}{GENERIC.end}"
+def _written(form: ToolFormat, calls: Sequence[Mapping[str, Any]]) -> str:
+    """Calls as the model writes them, in a format with a separator."""
+    each = []
+    for call in calls:
+        name, arguments = call["function"]["name"], json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        each.append(form.before + name + form.between + arguments + form.end)
+    return form.begin + form.opening + (form.separator or "").join(each) + form.close
 
 
 def _text(content: Any) -> str:

@@ -26,7 +26,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "ab": {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}, "additionalProperties": False},
 }
 TOKENIZER = LLTokenizer(_Bytes(), eos_token=[EOS])  # type: ignore[arg-type]
-LIKED = frozenset(b'<tool_call>/hink{}[]",:: \\\nTOOL_CALLS[ARGS]123abcityn"namerguts\\parme"')
+LIKED = frozenset(b'<|tool_call|>/hink{}[]",:: \\\nTOOL_CALLS[ARGS]123abcityn"namerguts\\parme"')
 """Bytes that random texts are made of: those of markers, and of JSON."""
 
 GOOD = ("a", '{"city": "} <tool_call> \\" é"}')

@@ -19,7 +19,7 @@ from engine.text.tool_formats import FORMATS, ToolFormat, find_format, generic_h
 from engine.weights import PackedModel
 from tests.engine.text.test_answer_parser import write
 from tests.engine.text.test_model_templates import LLAMA2, LLAMA3, MISTRAL, TOOL, ZEPHYR, render, said
-from tests.engine.text.tool_templates import DISTILLED, GEMMA, MISTRAL_V11, MISTRAL_V13, QWEN, QWEN_CODER
+from tests.engine.text.tool_templates import DISTILLED, GEMMA, MISTRAL_V11, MISTRAL_V13, PHI4_MINI, QWEN, QWEN_CODER
 
 CALLS: list[dict[str, Any]] = [
     {"id": "call_abcdefghi1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}},
@@ -45,6 +45,7 @@ def history(num_calls: int) -> list[dict[str, Any]]:
         (MISTRAL, "mistral", False),
         (MISTRAL_V11, "mistral_v11", False),
         (MISTRAL_V13, "mistral_v11", False),
+        (PHI4_MINI, "phi4_mini", False),
         (QWEN_CODER, "generic", False),
         (LLAMA2, "generic", False),
         (ZEPHYR, "generic", False),
@@ -97,6 +98,23 @@ def test_tools_in_plain_messages() -> None:
     ruled = generic_history([{"role": "system", "content": "Be brief."}, *history(1)], [TOOL], shows_system=True)
     assert ruled[0]["content"].startswith("Be brief.\n\nYou can call functions.") and len(ruled) == 4
     assert generic_history(said("Hi"), None, shows_system=True) == said("Hi")
+
+
+def test_tools_that_come_with_the_system_message(default_model: PackedModel) -> None:
+    text = ModelText(Tokenizer.from_info(default_model.info), ChatTemplate(PHI4_MINI))
+
+    def shown(messages: list[dict[str, Any]]) -> str:
+        return text.decode(text.encode_chat(messages, tools=[TOOL]), skip_special=False)
+
+    listed = f"<|tool|>{json.dumps([TOOL['function']])}<|/tool|><|end|><|user|>"
+    assert shown(said("Hi")) == f"<|system|>You are a helpful assistant with some tools.{listed}Hi<|end|><|assistant|>"
+    assert shown(said("Hi", system="Be brief.")) == f"<|system|>Be brief.{listed}Hi<|end|><|assistant|>"
+    made = shown(history(2))
+    answer = made[made.index("<|tool_call|>") : made.index("<|end|><|user|><tool_response>\nnoon 0")]
+    calls = [("clock", json.dumps(call["function"]["arguments"], ensure_ascii=False)) for call in CALLS]
+    assert answer == write(FORMATS["phi4_mini"], *calls)
+    untold = text.decode(text.encode_chat(history(1)), skip_special=False)
+    assert "<|tool|>" not in untold and "noon 0" in untold
 
 
 @pytest.mark.parametrize("source", [GEMMA, LLAMA2, ZEPHYR])

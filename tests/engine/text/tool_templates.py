@@ -75,6 +75,18 @@ for shown in ("'[CALL_ID]' + call.id + ", "message.tool_call_id + '[TOOL_CONTENT
     MISTRAL_V13 = MISTRAL_V13.replace(shown, "")
 """The same without ids."""
 
+PHI4_MINI = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'system' and 'tools' in message %}
+        {{- '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|><|end|>' }}
+    {%- else %}
+        {{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""
+"""Tools come with the system message; of calls and results it knows nothing."""
+
 DISTILLED = """\
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
