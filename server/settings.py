@@ -61,7 +61,7 @@ MODEL, ACCESS, MEMORY_GROUP, BATCHES, MACHINE, REQUESTS, RUNNING = (
     "Configuration and logs",
 )
 MAX_TOKENS = 1 << 28
-FORMATS_OF_TOOLS = ("hermes", "llama3_json", "mistral", "mistral_v11", "phi4_mini", "generic")
+FORMATS_OF_TOOLS = ("hermes", "llama3_json", "mistral", "mistral_v11", "phi4_mini", "qwen3_coder", "generic")
 """engine.text.tool_formats.FORMATS, which would be slow to import."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from engine.sampling.limits import with_options
-from engine.text.tool_formats import THINK, THINK_END, ToolFormat
+from engine.text.tool_formats import THINK, THINK_END, ToolFormat, parameters_of
 
 MAX_CALLS = 128
 """Most calls of one answer."""
@@ -53,13 +53,11 @@ def tool_grammar(
     else:
         lead = {"no": "", "may": "think? ", "must": "think "}[thinks]
         rules = [f"start: {lead}body", *rules, *_free(form, calls, thinks, tokens)]
+    parts: dict[str, Mapping[str, Any]] = {}
     if calls != "none":
-        rules += _calls(form, list(schemas), several, tokens)
+        rules += _calls(form, schemas, several, tokens, parts)
     grammars: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules) + "\n"}]
-    if calls != "none":
-        grammars += [
-            {"name": f"t{i}", "json_schema": with_options(schema)} for i, schema in enumerate(schemas.values())
-        ]
+    grammars += [{"name": name, "json_schema": with_options(schema)} for name, schema in parts.items()]
     if content is not None and calls == "auto":
         grammars.append({**json.loads(content)["grammars"][0], "name": "content"})
     return json.dumps({"grammars": grammars}, ensure_ascii=False)
@@ -92,15 +90,56 @@ def _free(form: ToolFormat, calls: Calls, thinks: Thinks, tokens: Mapping[str, i
     return ["body: TEXT | begin calls", "begin[lazy]: BEGIN", f"BEGIN: /{_ANY}{marker}/{not_reasoning}", text]
 
 
-def _calls(form: ToolFormat, names: list[str], several: bool, tokens: Mapping[str, int]) -> list[str]:
+def _calls(
+    form: ToolFormat,
+    schemas: Mapping[str, dict[str, Any]],
+    several: bool,
+    tokens: Mapping[str, int],
+    parts: dict[str, Mapping[str, Any]],
+) -> list[str]:
+    """Rules of calls; the schemas that they refer to go into `parts`, by their names."""
     further = ""
     if several and form.separator is not None:
         further = f"({_written(form.separator, tokens)} call){{0,{MAX_CALLS - 1}}} "
-    one_of = " | ".join(f"{_written(form.before + name + form.between, tokens)} @t{i}" for i, name in enumerate(names))
-    return [
+    one_of = " | ".join(
+        f"{_written(form.before + name + form.between, tokens)} {_arguments(form, f't{i}', schema, tokens, parts)}"
+        for i, (name, schema) in enumerate(schemas.items())
+    )
+    rules = [
         f"calls: {_written(form.opening, tokens)} call {further}{_written(form.close, tokens)}",
         f"call: ({one_of}) {_written(form.end, tokens)}",
     ]
+    if form.parameter is not None:
+        rules.append(f"text[lazy]: /{_ANY}{_regex(form.parameter[2])}/")
+    return rules
+
+
+def _arguments(
+    form: ToolFormat,
+    part: str,
+    schema: Mapping[str, Any],
+    tokens: Mapping[str, int],
+    parts: dict[str, Mapping[str, Any]],
+) -> str:
+    """What the arguments of a call are in Lark."""
+    each = parameters_of(form, schema)
+    if each is None:
+        parts[part] = schema
+        return f"@{part}"
+    assert form.parameter is not None
+    before, between, after = form.parameter
+    written = []
+    for i, parameter in enumerate(each):
+        if parameter.schema is not None:
+            parts[f"{part}_{i}"] = parameter.schema
+            value = f"@{part}_{i} {_written(after, tokens)}"
+        elif parameter.choices:
+            value = f"({' | '.join(_written(text + after, {}) for text in parameter.choices)})"
+        else:
+            value = "text"  # ends with what follows it
+        optional = "" if parameter.is_required else "?"
+        written.append(f"({_written(before + parameter.name + between, tokens)} {value}){optional}")
+    return " ".join(written)
 
 
 def _written(text: str, tokens: Mapping[str, int]) -> str:
@@ -113,4 +152,4 @@ def _written(text: str, tokens: Mapping[str, int]) -> str:
 
 def _regex(text: str) -> str:
     """A fixed text inside of an expression between slashes."""
-    return re.sub(r"[^\w\s<>\":=,]", lambda found: "\\" + found[0], text)
+    return re.sub(r"[^\w\s<>\":=,]", lambda found: "\\" + found[0], text).replace("\n", r"\n")

@@ -6,10 +6,13 @@ text was held to the same ToolFormat by a grammar, so nothing here guesses; only
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import EngineError
-from engine.text.tool_formats import THINK, THINK_END, ToolFormat
+from engine.text.tool_formats import THINK, THINK_END, ToolFormat, parameters_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class CallBegin:
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """More of the JSON text of a call's arguments, as the model wrote it."""
+    """More of the JSON text of a call's arguments: as the model wrote it, but for what it wrote one by one."""
 
     index: int
     text: str
@@ -40,19 +43,30 @@ Event = Reasoning | Content | CallBegin | Arguments
 
 
 class AnswerParser:
-    """Reads one answer. `tools` None: no calls are looked for.
+    """Reads one answer. `tools` None: no calls are looked for. `schemas` are those that the grammar was made of.
 
     With `reasons`, an answer may begin with <think>; with `in_reasoning` the prompt has written that already. White
     space around reasoning and before calls belongs to neither.
     """
 
-    def __init__(self, tools: ToolFormat | None, *, reasons: bool = False, in_reasoning: bool = False) -> None:
+    def __init__(
+        self,
+        tools: ToolFormat | None,
+        schemas: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        reasons: bool = False,
+        in_reasoning: bool = False,
+    ) -> None:
         self._tools = tools
+        self._schemas = schemas or {}
         self._buffer = ""
         self._events: list[Event] = []
         self._step = self._lead if in_reasoning else self._start if reasons else self._text
         self._literal = ""  # to come next, in _fixed
         self._object = _ObjectEnd()
+        self._texts: set[str] = set()  # parameters of the call that are written as text
+        self._is_text = False  # the one that is being read
+        self._num_parameters = 0
         self.num_calls = 0
         """Calls that have begun."""
 
@@ -140,13 +154,48 @@ class AnswerParser:
         self._events.append(CallBegin(self.num_calls, name))
         self.num_calls += 1
         self._buffer, self._step, self._object = rest, self._arguments, _ObjectEnd()
+        each = parameters_of(self._tools, self._schemas.get(name, {}))
+        if each is not None:
+            self._texts = {parameter.name for parameter in each if parameter.schema is None}
+            self._num_parameters, self._step = 0, self._parameter
         return True
+
+    def _parameter(self, final: bool) -> bool:
+        assert self._tools is not None and self._tools.parameter is not None
+        before, between, _ = self._tools.parameter
+        begin = ", " if self._num_parameters else "{"
+        if self._buffer.startswith(before):
+            name, found, rest = self._buffer[len(before) :].partition(between)
+            if not found:
+                return False
+            self._is_text = name in self._texts
+            self._argue(f"{begin}{json.dumps(name, ensure_ascii=False)}: " + '"' * self._is_text)
+            self._num_parameters += 1
+            self._buffer, self._step = rest, self._value
+            return True
+        if before.startswith(self._buffer):
+            return False
+        self._argue("}" if self._num_parameters else "{}")
+        self._step = self._after
+        return True
+
+    def _value(self, final: bool) -> bool:
+        assert self._tools is not None and self._tools.parameter is not None
+        text, ends = self._take_until(self._tools.parameter[2], False, strips=False)
+        if self._is_text:
+            text = json.dumps(text, ensure_ascii=False)[1:-1] + '"' * ends
+        self._argue(text)
+        self._step = self._parameter if ends else self._step
+        return ends
+
+    def _argue(self, text: str) -> None:
+        if text:
+            self._events.append(Arguments(self.num_calls - 1, text))
 
     def _arguments(self, final: bool) -> bool:
         size = self._object.find(self._buffer)
         text = self._buffer if size is None else self._buffer[:size]
-        if text:
-            self._events.append(Arguments(self.num_calls - 1, text))
+        self._argue(text)
         self._buffer = self._buffer[len(text) :]
         if size is None:
             return False
@@ -168,18 +217,18 @@ class AnswerParser:
     def _expect(self, literal: str) -> None:
         self._literal, self._step = literal, self._fixed
 
-    def _take_until(self, marker: str, final: bool) -> tuple[str, bool]:
+    def _take_until(self, marker: str, final: bool, *, strips: bool = True) -> tuple[str, bool]:
         """Text up to a marker without the white space before it, or what cannot belong to one; and whether it came."""
         at = self._buffer.find(marker)
         if at >= 0:
-            text = self._buffer[:at].rstrip()
+            text = self._buffer[:at]
             self._buffer = self._buffer[at + len(marker) :]
-            return text, True
+            return text.rstrip() if strips else text, True
         size = len(self._buffer)
         if not final:
             longest = min(len(marker) - 1, size)
             size -= next((n for n in range(longest, 0, -1) if self._buffer.endswith(marker[:n])), 0)
-            size = len(self._buffer[:size].rstrip())
+            size = len(self._buffer[:size].rstrip()) if strips else size
         text, self._buffer = self._buffer[:size], self._buffer[size:]
         return text, False
 

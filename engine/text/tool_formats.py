@@ -3,13 +3,20 @@
     Let me see. <tool_call>\\n{"name": "clock", "arguments": {"zone": "UTC"}}\\n</tool_call>
     text        begin      ^ before    name ^ between  arguments           ^ end
 
-A further call follows `separator`; after the last one stands `close`. Which format a model was trained on is found from
-its chat template. One whose template shows no tools is told about them in a system message of ours (GENERIC).
+A further call follows `separator`; after the last one stands `close`. Where a format has `parameter`, its three texts
+stand around the names and values of the arguments, one by one, strings as they are and all else as JSON; none of them
+may be a special token:
+
+    <parameter=zone>\\nUTC\\n</parameter>\\n
+
+Which format a model was trained on is found from its chat template. One whose template shows no tools is told about
+them in a system message of ours (GENERIC).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +40,7 @@ class ToolFormat:
     end: str = "}"
     separator: str | None = None  # None: one call is all
     close: str = ""
+    parameter: tuple[str, str, str] | None = None  # before an argument's name, between it and its value, and after that
     only_first: bool = False  # calls take the place of text: `begin` counts at the answer's first character alone
     id_length: int | None = None  # of calls, where the template insists on it
     is_templated: bool = True  # the chat template shows tools, calls and results
@@ -42,7 +50,7 @@ class ToolFormat:
     def markers(self) -> str:
         """All texts, to look for special tokens in."""
         parts = (self.begin, self.opening, self.before, self.between, self.end, self.separator or "", self.close)
-        return " ".join(parts)
+        return " ".join(parts + (self.parameter or ()))
 
 
 _TAGGED: dict[str, Any] = {
@@ -53,6 +61,13 @@ _TAGGED: dict[str, Any] = {
 }
 HERMES = ToolFormat(name="hermes", **_TAGGED)
 GENERIC = ToolFormat(name="generic", **_TAGGED, is_templated=False)
+QWEN3_CODER = ToolFormat(
+    name="qwen3_coder",
+    **{**_TAGGED, "end": "</function>\n</tool_call>"},
+    before="<function=",
+    between=">\n",
+    parameter=("<parameter=", ">\n", "\n</parameter>\n"),
+)
 LLAMA3_JSON = ToolFormat(
     name="llama3_json", begin='{"name": "', before="", between='", "parameters": ', only_first=True
 )
@@ -77,7 +92,7 @@ PHI4_MINI = ToolFormat(
     tools_in_system=True,
 )
 
-FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_V11, PHI4_MINI, GENERIC)}
+FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_V11, PHI4_MINI, QWEN3_CODER, GENERIC)}
 
 
 def find_format(template: ChatTemplate) -> ToolFormat:
@@ -85,9 +100,11 @@ def find_format(template: ChatTemplate) -> ToolFormat:
     source = template.source
     if not template.reads("tools"):
         return PHI4_MINI if "<|tool|>" in source and "message['tools']" in source else GENERIC
-    # Newer templates of these families put other things between the same markers.
-    if "<tool_call>" in source and not any(other in source for other in ("<function=", "<arg_key>")):
-        return HERMES
+    if "<tool_call>" in source:
+        if "<function=" in source and "<parameter=" in source:
+            return QWEN3_CODER
+        # Others put other things between the same markers.
+        return GENERIC if "<function=" in source or "<arg_key>" in source else HERMES
     if "[TOOL_CALLS]" in source:
         return MISTRAL_V11 if "[ARGS]" in source else MISTRAL
     if '"parameters": ' in source and "ipython" in source:
@@ -98,6 +115,60 @@ def find_format(template: ChatTemplate) -> ToolFormat:
 def has_reasoning(template: ChatTemplate) -> bool:
     """Whether a template knows of text between <think> and </think>."""
     return THINK_END in template.source
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """An argument that is written on its own."""
+
+    name: str
+    is_required: bool
+    schema: dict[str, Any] | None  # of its JSON; None: it is written as text
+    choices: tuple[str, ...] = ()  # the only texts that it may be
+
+
+_NOTES = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
+_OF_OBJECTS = {"type", "properties", "required", "additionalProperties", "$schema", "$defs", "definitions", *_NOTES}
+_TIED = re.compile(r'"\$id"|"\$ref": "(?!#/(\$defs|definitions)/)')
+"""In a schema as JSON: what means something else, or nothing, where a part of it stands alone."""
+
+
+def parameters_of(form: ToolFormat, schema: Mapping[str, Any]) -> list[Parameter] | None:
+    """The arguments that a schema names, in its order; None where they are written as one JSON object.
+
+    So they are in most formats, and where a schema says of objects more than which properties they have. Properties
+    that it only allows are never written.
+    """
+    if form.parameter is None or schema.get("type") != "object" or not schema.keys() <= _OF_OBJECTS:
+        return None
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    others = schema.get("additionalProperties", True)
+    if not isinstance(properties, dict) or not isinstance(required, list) or not isinstance(others, bool):
+        return None
+    if not properties and others:  # any object at all
+        return None
+    named = all(re.fullmatch(r"[\w$.-]+", name) and isinstance(each, dict) for name, each in properties.items())
+    if not named or not all(isinstance(name, str) and name in properties for name in required):
+        return None
+    if _TIED.search(json.dumps(schema)):
+        return None
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return [_parameter(form.parameter[2], name, each, name in required, shared) for name, each in properties.items()]
+
+
+def _parameter(
+    after: str, name: str, schema: Mapping[str, Any], is_required: bool, shared: Mapping[str, Any]
+) -> Parameter:
+    said = schema.keys() - _NOTES
+    choices = schema.get("enum") or ()
+    if said <= {"type", "enum"} and schema.get("type", "string" if choices else None) == "string":
+        if "enum" not in said:
+            return Parameter(name, is_required, None)
+        # A text ends at the first place that looks like its end.
+        if choices and all(isinstance(text, str) and (text + after).index(after) == len(text) for text in choices):
+            return Parameter(name, is_required, None, tuple(choices))
+    # What else is asked of a string is asked of its JSON.
+    return Parameter(name, is_required, {**schema, **(shared if '"$ref"' in json.dumps(schema) else {})})
 
 
 _INTRODUCTION = """\

@@ -59,11 +59,12 @@ async def reading(service: Service, model: ServedModel, body: ChatCompletionRequ
         for i, tool in enumerate(body.tools)
     }
     called = {name: schemas[name] for name in names}
+    arguments = {name: schema for name, (_, schema) in called.items()}
 
     def grammar(special: dict[str, int]) -> str:
         return tool_grammar(
             form,
-            {name: schema for name, (_, schema) in called.items()},
+            arguments,
             calls=calls,
             several=body.parallel_tool_calls is not False,
             thinks=thinks,
@@ -77,7 +78,7 @@ async def reading(service: Service, model: ServedModel, body: ChatCompletionRequ
     tools = None if calls == "none" else form
     return Reading(
         grammar(dict(text.marker_ids)) if text.marker_ids else plain,
-        lambda: AnswerParser(tools, reasons=text.reasons, in_reasoning=begun),
+        lambda: AnswerParser(tools, arguments, reasons=text.reasons, in_reasoning=begun),
         form.id_length,
     )
 

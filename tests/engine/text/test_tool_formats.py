@@ -17,9 +17,18 @@ from engine.text import ChatTemplate, ModelText, Tokenizer
 from engine.text.answer_parser import AnswerParser, Arguments, CallBegin
 from engine.text.tool_formats import FORMATS, ToolFormat, find_format, generic_history, has_reasoning, shorten_ids
 from engine.weights import PackedModel
-from tests.engine.text.test_answer_parser import write
+from tests.engine.text.test_answer_parser import read, write
 from tests.engine.text.test_model_templates import LLAMA2, LLAMA3, MISTRAL, TOOL, ZEPHYR, render, said
-from tests.engine.text.tool_templates import DISTILLED, GEMMA, MISTRAL_V11, MISTRAL_V13, PHI4_MINI, QWEN, QWEN_CODER
+from tests.engine.text.tool_templates import (
+    DISTILLED,
+    GEMMA,
+    GLM,
+    MISTRAL_V11,
+    MISTRAL_V13,
+    PHI4_MINI,
+    QWEN,
+    QWEN_CODER,
+)
 
 CALLS: list[dict[str, Any]] = [
     {"id": "call_abcdefghi1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}},
@@ -46,7 +55,8 @@ def history(num_calls: int) -> list[dict[str, Any]]:
         (MISTRAL_V11, "mistral_v11", False),
         (MISTRAL_V13, "mistral_v11", False),
         (PHI4_MINI, "phi4_mini", False),
-        (QWEN_CODER, "generic", False),
+        (QWEN_CODER, "qwen3_coder", False),
+        (GLM, "generic", False),
         (LLAMA2, "generic", False),
         (ZEPHYR, "generic", False),
         (GEMMA, "generic", False),
@@ -59,7 +69,7 @@ def test_formats_are_found(source: str, expected: str, reasons: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "num_calls"), [(QWEN, 2), (LLAMA3, 1), (MISTRAL, 1), (MISTRAL_V11, 2), (MISTRAL_V13, 2)]
+    ("source", "num_calls"), [(QWEN, 2), (LLAMA3, 1), (MISTRAL, 1), (MISTRAL_V11, 2), (MISTRAL_V13, 2), (QWEN_CODER, 2)]
 )
 def test_what_a_template_renders_is_what_its_format_reads(source: str, num_calls: int) -> None:
     """A call of the history as the template shows it to the model is one that the parser finds."""
@@ -78,8 +88,7 @@ def test_what_a_template_renders_is_what_its_format_reads(source: str, num_calls
     shown = shown[shown.index(form.begin) :]
     ends = ("<|im_end|>", "<|eot_id|>", "</s>")
     shown = shown[: min(at for end in ends if (at := shown.find(end)) >= 0)]
-    parser = AnswerParser(form)
-    events = parser.feed(shown) + parser.finish()
+    events = read(form, shown, schemas={"clock": {"type": "object", "properties": {"zone": {"type": "string"}}}})
     assert [event.name for event in events if isinstance(event, CallBegin)] == ["clock"] * num_calls
     arguments = [json.loads(event.text) for event in events if isinstance(event, Arguments)]
     assert arguments == [call["function"]["arguments"] for call in CALLS[:num_calls]]

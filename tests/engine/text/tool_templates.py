@@ -41,13 +41,31 @@ QWEN = """\
 QWEN_CODER = """\
 {%- for tool in tools or [] %}{{ tool.function.name }}{%- endfor %}
 {%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\\n' if message.content or not loop.first }}
+        {{- '<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+        {%- for name, value in call.function.arguments | items %}
+            {{- '<parameter=' + name + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' }}
+        {%- endfor %}
+        {{- '</function>\\n</tool_call>' }}
+    {%- endfor %}
+    {%- if message.role == 'tool' %}{{- '!' }}{%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+"""
+
+GLM = """\
+{%- for tool in tools or [] %}{{ tool.function.name }}{%- endfor %}
+{%- for message in messages %}
     {{- message.role + ': ' + (message.content or '') }}
     {%- for call in message.tool_calls or [] %}
-        {{- '<tool_call>\\n<function=' + call.function.name + '>\\n</function>\\n</tool_call>' }}
+        {{- '<tool_call>' + call.function.name + '<arg_key>k</arg_key></tool_call>' }}
     {%- endfor %}
     {%- if message.role == 'tool' %}{{- '!' }}{%- endif %}
 {%- endfor %}
 """
+"""Calls in a way that is not known here."""
 
 MISTRAL_V11 = """\
 {{- bos_token }}
