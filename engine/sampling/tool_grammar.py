@@ -152,4 +152,4 @@ def _written(text: str, tokens: Mapping[str, int]) -> str:
 
 def _regex(text: str) -> str:
     """A fixed text inside of an expression between slashes."""
-    return re.sub(r"[^\w\s<>\":=,]", lambda found: "\\" + found[0], text).replace("\n", r"\n")
+    return re.sub(r"[^\w\s<>\":=,]", lambda found: "\\" + found[0], text)

@@ -55,6 +55,7 @@ def history(num_calls: int) -> list[dict[str, Any]]:
         (MISTRAL_V11, "mistral_v11", False),
         (MISTRAL_V13, "mistral_v11", False),
         (PHI4_MINI, "phi4_mini", False),
+        (PHI4_MINI.replace("<|tool|>", "[TOOLS]"), "generic", False),
         (QWEN_CODER, "qwen3_coder", False),
         (GLM, "generic", False),
         (LLAMA2, "generic", False),
@@ -119,9 +120,11 @@ def test_tools_that_come_with_the_system_message(default_model: PackedModel) -> 
     assert shown(said("Hi")) == f"<|system|>You are a helpful assistant with some tools.{listed}Hi<|end|><|assistant|>"
     assert shown(said("Hi", system="Be brief.")) == f"<|system|>Be brief.{listed}Hi<|end|><|assistant|>"
     made = shown(history(2))
-    answer = made[made.index("<|tool_call|>") : made.index("<|end|><|user|><tool_response>\nnoon 0")]
-    calls = [("clock", json.dumps(call["function"]["arguments"], ensure_ascii=False)) for call in CALLS]
-    assert answer == write(FORMATS["phi4_mini"], *calls)
+    call = '{"name": "clock", "arguments": {"zone": "%s"}}'
+    written = f"<|tool_call|>[{call % 'UTC'}, {call % 'é'}]<|/tool_call|>"
+    assert f"<|assistant|>{written}<|end|><|user|><tool_response>\nnoon 0" in made
+    events = read(FORMATS["phi4_mini"], written)
+    assert [event.name for event in events if isinstance(event, CallBegin)] == ["clock", "clock"]
     untold = text.decode(text.encode_chat(history(1)), skip_special=False)
     assert "<|tool|>" not in untold and "noon 0" in untold
 
