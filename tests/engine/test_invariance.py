@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -104,17 +105,66 @@ def assert_same(tokens: Tokens, alone: Tokens) -> None:
     assert not different, f"{len(different)} of {len(alone)} requests got other tokens than alone: {different}"
 
 
-@pytest.fixture(scope="module", params=["4-bit", "bf16", *FAMILIES])
-def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    home = tmp_path_factory.mktemp("home")
+MODELS = ("4-bit", "bf16", *FAMILIES)
+BUILDS = [{"isa": isa, "kv_cache_dtype": dtype} for isa in available_isas() for dtype in KV_DTYPES]
+QUICK = ("4-bit", "qwen3")
+"""Those that the portable build, ten times slower than others, is tried with in `make test`."""
+
+
+def is_slow(name: str, build: dict[str, str]) -> bool:
+    return build["isa"] == "portable" and name not in QUICK
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (name, build),
+            id=f"{name}-{' '.join(build.values())}",
+            marks=pytest.mark.full if is_slow(name, build) else (),
+        )
+        for name in MODELS
+        for build in BUILDS
+    ],
+)
+def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, str]]:
+    """A model and a build."""
+    both: tuple[str, dict[str, str]] = request.param
+    return both
+
+
+@pytest.fixture(scope="module")
+def build(case: tuple[str, dict[str, str]]) -> dict[str, str]:
+    return case[1]
+
+
+@pytest.fixture(scope="module")
+def tiny_models() -> dict[str, PackedModel]:
+    """Those that were made."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(
+    case: tuple[str, dict[str, str]],
+    tiny_models: dict[str, PackedModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> PackedModel:
+    name = case[0]
+    if name not in tiny_models:
+        tiny_models[name] = make_model(name, tmp_path_factory.mktemp("home"))
+    return tiny_models[name]
+
+
+def make_model(name: str, home: Path) -> PackedModel:
     path = home / "tiny.gguf"
-    if request.param in FAMILIES:
-        folder = tiny_folder(request.param, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=96, context=1200)
-        tiny_gguf(request.param, folder, "Q4_1", head_dim=16).write(path)
+    if name in FAMILIES:
+        folder = tiny_folder(name, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=96, context=1200)
+        tiny_gguf(name, folder, "Q4_1", head_dim=16).write(path)
     else:
         write_tiny_llama(path, hidden=96, layers=2, heads=6, kv_heads=2, ffn=160, context=1200, tie=False)
     model = load_model(str(path), home=home)
-    if request.param == "bf16":
+    if name == "bf16":
         model.weights = {name: in_bf16(tensor) for name, tensor in model.weights.items()}
     return model
 
@@ -128,15 +178,6 @@ def in_bf16(tensor: PackedTensor) -> PackedTensor:
 @pytest.fixture(scope="module")
 def tiny_requests(tiny_model: PackedModel) -> list[Request]:
     return make_requests(tiny_model, longest=300, max_tokens=(96, 40))
-
-
-BUILDS = [{"isa": isa, "kv_cache_dtype": dtype} for isa in available_isas() for dtype in KV_DTYPES]
-
-
-@pytest.fixture(scope="module", params=BUILDS, ids=lambda build: " ".join(build.values()))
-def build(request: pytest.FixtureRequest) -> dict[str, str]:
-    config: dict[str, str] = request.param
-    return config
 
 
 @pytest.fixture(scope="module")
