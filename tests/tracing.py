@@ -46,12 +46,19 @@ def wait_for(look: Callable[[], int | None], what: str) -> int:
 
 
 def wait_until_asleep(pid: int, thread: int) -> None:
-    """Until a thread waits in futex(2)."""
+    """Until a thread waits in futex(2) for longer than it waits for the interpreter's lock."""
+
+    def waits() -> bool:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/task/{thread}/syscall").read_text().startswith(f"{FUTEX} ")
+        return False
 
     def look() -> int | None:
-        with contextlib.suppress(OSError):
-            return 0 if Path(f"/proc/{pid}/task/{thread}/syscall").read_text().startswith(f"{FUTEX} ") else None
-        return None
+        for _ in range(5):
+            if not waits():
+                return None
+            time.sleep(0.01)
+        return 0
 
     wait_for(look, f"wait of thread {thread}")
 
