@@ -172,6 +172,29 @@ def requested_isa() -> str:
     return value
 
 
+VLLM_PARENT, VLLM_LOG = "SERAPH_VLLM_PARENT", "SERAPH_VLLM_LOG"
+"""Names in the environment of vLLM's processes: who has started them, and where they write."""
+
+
+def prepare_vllm(*, log: Path, log_config: Path) -> None:
+    """Say in our own environment, which vLLM reads and its processes inherit, what it cannot be told otherwise.
+
+    Its processes are spawned: forked ones would keep our sockets. What the environment says already stays.
+    """
+    os.environ.update({VLLM_PARENT: str(os.getpid()), VLLM_LOG: str(log), "VLLM_LOGGING_CONFIG_PATH": str(log_config)})
+    for name, value in {
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",  # nothing is reported to anybody
+        "HF_HUB_OFFLINE": "1",  # what is served was fetched before
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def environment_value(name: str) -> str:
+    """For processes that are not given a configuration."""
+    return os.environ.get(name, "")
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment for a child process: ours, with `changes`."""
     return {**os.environ, **changes}
@@ -180,6 +203,11 @@ def child_environment(**changes: str) -> dict[str, str]:
 def our_packages() -> str:
     """PYTHONPATH for a child: it finds the packages that we found, however this program was started."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path)
+
+
+def has_gpu(dev: Path = Path("/dev")) -> bool:
+    """Whether there is a GPU that vLLM might use: NVIDIA's driver or AMD's."""
+    return (dev / "nvidiactl").exists() or (dev / "kfd").exists()
 
 
 def available_cpus() -> int:

@@ -247,7 +247,8 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine and its model can do."""
 
-    engine: str  # "native"
+    engine: str  # "native" or "vllm"
+    version: str = ""  # of another engine's software, and on what it computes
     model: str
     max_model_len: int
     vocab_size: int

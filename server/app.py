@@ -41,7 +41,7 @@ def create_app(
     `on_started` with what kept one from starting (None: nothing), and stops them at the end.
     """
     metrics = Metrics()
-    registry = Registry(metrics, max_running=settings.max_num_seqs, max_waiting=settings.max_waiting)
+    registry = Registry(metrics, max_running=settings.max_running, max_waiting=settings.max_waiting)
     for model in models:
         registry.add(model)
     service = Service(settings=settings, metrics=metrics, models=registry, loader=make_loader(settings, registry))

@@ -6,7 +6,7 @@ import enum
 from typing import Any
 
 from engine.errors import RequestError
-from engine.models.spec import DecoderSpec, ModelInfo
+from engine.models.spec import DecoderSpec, ModelInfo, OpaqueSpec
 
 
 class Kind(enum.StrEnum):
@@ -26,7 +26,7 @@ NOUNS = {
 
 def kind_of(info: ModelInfo[Any]) -> Kind:
     """What a checkpoint is for."""
-    if isinstance(info.spec, DecoderSpec):
+    if isinstance(info.spec, DecoderSpec | OpaqueSpec):
         return Kind.GENERATE
     return Kind.SCORE if info.spec.num_labels else Kind.EMBED
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from engine.backends.base import Engine
 from engine.backends.native import NativeEngine
 from engine.cache.sizing import Needs, divide_kv_memory
-from engine.config import EngineConfig
+from engine.config import AUTO_KV_SHARE, EngineConfig, has_gpu, memory_limit, parse_memory
 from engine.errors import ConfigError
+from engine.models.spec import ModelInfo
 from engine.weights import PackedModel, load_packed
 from server.kinds import Kind, kind_of
 from server.settings import Settings
@@ -57,20 +59,83 @@ def fetch(config: EngineConfig) -> PackedModel[Any]:
         return load_packed(config.model, home=config.home, progress=bars, **config.load_options())
 
 
+class Loaded(Protocol):
+    """A model as it lies on this machine: packed for our engine, or a folder for vLLM."""
+
+    @property
+    def info(self) -> ModelInfo[Any]: ...
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Launchable(Engine, Protocol):
+    """An engine that can be on its way before there is an event loop."""
+
+    def launch(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Launched:
     """One model of a start. An encoder has the engine of its host, whose name it carries."""
 
     names: tuple[str, ...]
     source: str
-    packed: PackedModel[Any]
-    engine: NativeEngine
+    loaded: Loaded
+    engine: Launchable
     host: str = ""
 
 
 def launch(settings: Settings) -> list[Launched]:
     """Fetch every model, divide the memory, and start a process for each decoder, and for each encoder that none of
-    them hosts. Each engine's `start` must follow, or `kill`. Raises SeraphError, and then no process is left."""
+    them hosts; vLLM starts later. Each engine's `start` must follow, or `kill`. Raises SeraphError, and then no process
+    is left."""
+    return _launch_vllm(settings) if settings.uses_vllm else _launch_native(settings)
+
+
+def _launch_vllm(settings: Settings) -> list[Launched]:
+    from engine.backends.vllm import VllmEngine
+    from engine.backends.vllm_options import MISSING, is_installed
+    from engine.weights.described import describe_model
+
+    if not is_installed():  # before anything is fetched
+        raise ConfigError(MISSING)
+    launched = []
+    for names, source in zip(settings.model_names, settings.model, strict=True):
+        with contextlib.closing(Bars()) as bars:
+            model = describe_model(source, progress=bars)
+        options = settings.vllm_options(
+            model.folder,
+            names[0],
+            pooling=kind_of(model.info) is not Kind.GENERATE,
+            kv_cache_bytes=_vllm_kv_bytes(settings),
+        )
+        engine = VllmEngine(
+            options, eos_token_ids=model.info.eos_token_ids, checkpoint_format=model.info.checkpoint_format
+        )
+        launched.append(Launched(names, source, model, engine))
+    return launched
+
+
+def _vllm_kv_bytes(settings: Settings) -> int | None:
+    """Of each model. On CPUs vLLM by itself would take nearly all memory, on GPUs it takes what is left of theirs."""
+    given, num_models = settings.kv_cache_memory, len(settings.model)
+    if given is None:
+        return None if has_gpu() else int(AUTO_KV_SHARE * memory_limit()) // num_models
+    size = parse_memory(given)
+    if isinstance(size, float):
+        raise ConfigError(
+            f"--kv-cache-memory must be a size, as 8GiB, for --engine vllm, got {given!r}. A share of a GPU's memory "
+            "is --vllm-arg gpu-memory-utilization=0.9."
+        )
+    return size // num_models
+
+
+def _launch_native(settings: Settings) -> list[Launched]:
     configs, names = settings.engine_configs(), settings.model_names
     if settings.embedding_model is not None:
         configs.append(replace(configs[0], model=settings.embedding_model))

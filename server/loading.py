@@ -9,7 +9,6 @@ import enum
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from engine.backends.base import Engine
 from engine.backends.native import NativeEngine
@@ -18,9 +17,10 @@ from engine.cache.sizing import Needs, fit_kv_memory, kv_cache_bytes, need_room
 from engine.config import EngineConfig, memory_limit
 from engine.errors import RequestError, SeraphError, SourceError
 from engine.text import EncoderText, ModelText
-from engine.weights import PackedModel, catalog, load_packed
+from engine.weights import catalog, load_packed
 from server.errors import ConflictError, ForbiddenError, ModelNotFoundError
 from server.kinds import Kind, kind_of
+from server.launching import Loaded
 from server.registry import Registry, ServedModel
 from server.settings import Settings, name_of
 
@@ -127,6 +127,11 @@ class Loader:
         Raises ForbiddenError for a source that the operator has not allowed, ConflictError for a name that is taken,
         RequestError for what is no source.
         """
+        if self._settings.uses_vllm:
+            raise ForbiddenError(
+                "Models are loaded while the server runs by the native engine alone; this server computes with vLLM.",
+                code="not_supported_by_engine",
+            )
         if not self._settings.allow_remote_load and source not in {entry.name for entry in catalog()}:
             aliases = ", ".join(entry.name for entry in catalog())
             raise ForbiddenError(
@@ -257,25 +262,25 @@ class Loader:
 def served(
     settings: Settings,
     stated: Mapping[str, float] | None,
-    packed: PackedModel[Any],
+    loaded: Loaded,
     engine: Engine,
     *,
     names: tuple[str, ...],
     source: str,
     host: str = "",
 ) -> ServedModel:
-    """A mapped model and its engine as the server has them; reads the tokenizer, which takes a while.
+    """A model and its engine as the server has them; reads the tokenizer, which takes a while.
 
     `stated` are the operator's generation defaults; None: the model's own.
     """
-    kind = kind_of(packed.info)
+    kind = kind_of(loaded.info)
     text: ModelText | EncoderText
     if kind is Kind.GENERATE:
         text = ModelText.from_info(
-            packed.info, chat_template=settings.chat_template_source(), tool_format=settings.tool_format_name()
+            loaded.info, chat_template=settings.chat_template_source(), tool_format=settings.tool_format_name()
         )
     else:
-        text = EncoderText.from_info(packed.info)
+        text = EncoderText.from_info(loaded.info)
     return ServedModel(
         names=names,
         source=source,
@@ -283,6 +288,6 @@ def served(
         text=text,
         kind=kind,
         host=host,
-        generation_defaults=packed.info.generation_defaults if stated is None else stated,
-        weights_bytes=packed.nbytes,
+        generation_defaults=loaded.info.generation_defaults if stated is None else stated,
+        weights_bytes=loaded.nbytes,
     )

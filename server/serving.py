@@ -51,7 +51,8 @@ def serve(settings: Settings) -> int:
         logger.warning("%s is set in the environment and means nothing to Seraph; is it meant to be %s?", name, meant)
     if settings.allow_remote_load and not settings.admin_key:
         logger.warning("--allow-remote-load has no effect without --admin-key: /admin is closed")
-    settings.engine_configs()  # what cannot be is said before anything is done
+    settings.need_one_engine()  # what cannot be is said before anything is done
+    settings.engine_configs()
     stated = settings.generation_defaults()
     listener = bind(settings.host, settings.port)
     with listener:
@@ -122,11 +123,11 @@ def _run(
     from server.routes.service import Service
 
     models = [
-        served(settings, stated, one.packed, one.engine, names=one.names, source=one.source, host=one.host)
+        served(settings, stated, one.loaded, one.engine, names=one.names, source=one.source, host=one.host)
         for one in launched
     ]
     for one in launched:
-        one.packed.close()  # its weights are the engine process's
+        one.loaded.close()  # its weights are the engine process's
     failure: SeraphError | None = None
     status = 0
     first = (signal.SIGTERM, 0.0)
@@ -251,7 +252,7 @@ class Table:
 
     def rows(self) -> dict[str, str]:
         known = self.known
-        own = f"{known.isa}, {_threads(known)}"
+        own = f"{known.isa}, {_threads(known)}" if known.isa else known.version
         same = {
             "model": ", ".join(self.names),
             "weights": _weights(known),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.backends.vllm_options import VllmOptions, is_installed
 from engine.config import (
     AUTO_KV_SHARE,
     AUTO_KV_TOKENS,
@@ -28,6 +29,7 @@ from engine.config import (
     QUANTIZATIONS,
     SPECULATIONS,
     EngineConfig,
+    has_gpu,
 )
 from engine.errors import ConfigError, FormatError, SourceError
 from engine.logs import FORMATS, LEVELS
@@ -50,6 +52,24 @@ from server.options import (
 
 OTHER_NAMES = frozenset({"SERAPH_HOME"})
 """Environment names read by `engine.config`, which has no flag for them."""
+
+ENGINES = ("native", "vllm")
+MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, VLLM_MAX_NUM_SEQS = 64, 512, 256
+NATIVE_ONLY = frozenset(
+    {
+        "embedding_model",
+        "quantization",
+        "kv_cache_tokens",
+        "kv_cache_dtype",
+        "speculation",
+        "huge_pages",
+        "threads",
+        "stall_timeout",
+        "isa",
+    }
+)
+VLLM_ONLY = frozenset({"vllm_arg", "pipeline_parallel_size"})
+"""Settings that one engine alone has."""
 
 MODEL, ACCESS, MEMORY_GROUP, BATCHES, MACHINE, REQUESTS, RUNNING = (
     "Model",
@@ -82,6 +102,20 @@ class Settings:
         "Model for embeddings, an encoder; it shares the process and the threads of the first model, which goes first.",
         SOURCE,
         MODEL,
+    )
+    engine: str = option(
+        "auto",
+        "What computes: our own engine for CPUs (native), or vLLM, for GPUs and for models that one machine cannot "
+        "hold; auto: vllm where it is installed and there is a GPU.",
+        choice("auto", *ENGINES),
+        MODEL,
+    )
+    vllm_arg: tuple[str, ...] = option(
+        (),
+        "Argument of vLLM's own, as KEY=VALUE, which vLLM checks: --vllm-arg enforce-eager=true. Repeatable.",
+        TEXT,
+        MODEL,
+        repeatable=True,
     )
     quantization: str = option(
         "auto",
@@ -189,9 +223,19 @@ class Settings:
         choice(*SPECULATIONS),
         BATCHES,
     )
-    max_num_seqs: int = option(64, "Most requests computed in one step.", integer(1, 1024), BATCHES)
-    max_num_batched_tokens: int = option(
-        512, "Most tokens computed in one step; at least max-num-seqs.", integer(1, 65536), BATCHES
+    max_num_seqs: int | None = option(
+        None,
+        "Most requests computed in one step.",
+        integer(1, 1024),
+        BATCHES,
+        shown_default=f"{MAX_NUM_SEQS}; vLLM: {VLLM_MAX_NUM_SEQS}",
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "Most tokens computed in one step; at least max-num-seqs.",
+        integer(1, 65536),
+        BATCHES,
+        shown_default=f"{MAX_NUM_BATCHED_TOKENS}; vLLM: as it decides",
     )
     max_waiting: int = option(
         512, "Sequences that may wait beyond max-num-seqs before callers get 503.", integer(0, 1 << 20), BATCHES
@@ -210,10 +254,13 @@ class Settings:
     tensor_parallel_size: int | None = option(
         None,
         "Ranks that the threads form; each computes its part of every projection and holds its part of the KV cache, "
-        "on CPUs of its own. At most the model's query heads.",
+        "on CPUs of its own. At most the model's query heads. vLLM: GPUs that share every layer.",
         integer(1, 1024, "RANKS"),
         MACHINE,
-        shown_default="one for each NUMA node",
+        shown_default="one for each NUMA node; vLLM: 1",
+    )
+    pipeline_parallel_size: int = option(
+        1, "Of vLLM: groups of GPUs, or of machines, that have some of the layers each.", integer(1, 1024), MACHINE
     )
     stall_timeout: float = option(
         10.0,
@@ -267,6 +314,45 @@ class Settings:
             raise ConfigError("--admin-key and --api-key must differ: callers must not be able to unload models.")
         self.model_names  # noqa: B018  # that they can be told apart is known before anything is fetched
 
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM computes. Imports nothing."""
+        return self.engine == "vllm" or (self.engine == "auto" and has_gpu() and is_installed())
+
+    @property
+    def max_running(self) -> int:
+        """Requests that an engine computes at once."""
+        return self.max_num_seqs or (VLLM_MAX_NUM_SEQS if self.uses_vllm else MAX_NUM_SEQS)
+
+    def vllm_options(self, folder: Path, model: str, *, pooling: bool, kv_cache_bytes: int | None) -> VllmOptions:
+        """What vLLM is told of a model. Raises ConfigError."""
+        arguments = []
+        for given in self.vllm_arg:
+            key, equals, value = given.partition("=")
+            if not key.strip() or not equals:
+                raise ConfigError(f"--vllm-arg must be KEY=VALUE, got {given!r}.")
+            arguments.append((key, value))
+        return VllmOptions(
+            folder=folder,
+            model=model,
+            pooling=pooling,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            tensor_parallel_size=self.tensor_parallel_size or 1,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            kv_cache_bytes=kv_cache_bytes,
+            enable_prefix_caching=self.prefix_caching,
+            arguments=tuple(arguments),
+        )
+
+    def need_one_engine(self) -> None:
+        """Raises ConfigError for a setting of the engine that is not the one that computes."""
+        ours, others = ("vllm", NATIVE_ONLY) if self.uses_vllm else ("native", VLLM_ONLY)
+        for declared in options():
+            if declared.name in others and getattr(self, declared.name) != declared.default:
+                raise ConfigError(f"{declared.flag} is not for --engine {ours}: leave it out.")
+
     def engine_configs(self) -> list[EngineConfig]:
         """What each model's engine is told, before their memory is divided. Raises ConfigError."""
         configs = [self.engine_config(model) for model in self.model]
@@ -278,8 +364,8 @@ class Settings:
         return EngineConfig(
             model=model,
             max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs or MAX_NUM_SEQS,
+            max_num_batched_tokens=self.max_num_batched_tokens or max(MAX_NUM_BATCHED_TOKENS, self.max_num_seqs or 0),
             kv_cache_tokens=self.kv_cache_tokens,
             kv_cache_memory=self.kv_cache_memory,
             kv_cache_dtype=self.kv_cache_dtype,

@@ -312,6 +312,14 @@ class EncoderSpec:
         return shapes
 
 
+@dataclass(frozen=True, slots=True)
+class OpaqueSpec:
+    """A decoder of which no more is known here: another engine computes it."""
+
+    family: str  # as its config.json names it
+    vocab_size: int  # tokens of the tokenizer
+
+
 class _Need:
     """Raises UnsupportedModelError, with what was expected and what the checkpoint has, unless something holds."""
 
