@@ -1,4 +1,4 @@
-"""`seraph serve | chat | doctor | pull | models | rm`: what people type. Heavy imports wait until a command runs."""
+"""`seraph serve | chat | doctor | pull | convert | models | rm`: what people type. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def doctor(
     raise typer.Exit(report.run(report.sections(models or (), deep=deep), json=as_json, write=typer.echo, deep=deep))
 
 
-for _command in (library.pull, library.models, library.rm):
+for _command in (library.pull, library.convert, library.models, library.rm):
     app.command()(_command)
 
 

@@ -1,8 +1,9 @@
-"""`seraph pull | models | rm`: the models on this machine."""
+"""`seraph pull | convert | models | rm`: the models on this machine."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,6 +48,41 @@ def pull(
             model = load_model(source, progress=bars, quantization=quantization, refresh=True)
             typer.echo(f"{model.name} is installed ({_megabytes(model.nbytes)}): {model.path}")
             model.close()
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="An alias or another source, of a GGUF file.", autocompletion=completing(known_models)
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="bfloat16|float16|float32",
+            help="What weights are rounded to.",
+            autocompletion=completing(lambda: ("bfloat16", "float16", "float32")),
+        ),
+    ] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Replace a model's folder that is there.")] = False,
+) -> None:
+    """Write a GGUF model as a Hugging Face folder, which vLLM and transformers load.
+
+    Quantized weights become floats: the folder of a 4-bit model takes four times the bytes, and is no better.
+
+    \b
+    seraph convert smollm2-135m-instruct ./smollm2
+    seraph convert ./model.Q4_K_M.gguf ./model --dtype float32
+    """
+    from engine.weights.export import export
+    from engine.weights.progress_bar import RichProgress
+
+    with told(), RichProgress() as bars:
+        path = export(source, folder, dtype=dtype, force=force, progress=bars)
+        nbytes = sum(file.stat().st_size for file in path.iterdir())
+        typer.echo(f"{source} is converted ({_megabytes(nbytes)}): {path}")
 
 
 def models(

@@ -159,6 +159,22 @@ def sizes_from_config(
     )
 
 
+def to_config(spec: DecoderSpec) -> dict[str, object]:
+    """What `sizes_from_config` reads, for a config.json."""
+    return {
+        "num_hidden_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_position,
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tie_embeddings,
+    }
+
+
 def recipes(
     spec: DecoderSpec,
     names: Mapping[str, str],

@@ -81,6 +81,26 @@ def from_gemma3_config(description: Description) -> Blueprint:
     return _from_config(description, config, "gemma3", every=Keys(config).count("sliding_window_pattern", least=1))
 
 
+def to_config(spec: DecoderSpec) -> dict[str, object]:
+    """See `registry.Writer`."""
+    third = spec.local_rope is not None
+    assert spec.attention_scale is not None
+    config: dict[str, object] = {
+        "architectures": ["Gemma3ForCausalLM" if third else "Gemma2ForCausalLM"],
+        "model_type": "gemma3_text" if third else "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "query_pre_attn_scalar": round(spec.attention_scale**-2),
+        "attn_logit_softcapping": spec.attention_softcap or None,
+        "final_logit_softcapping": spec.final_softcap or None,
+        "sliding_window": max(spec.windows),
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in spec.windows],
+    }
+    if spec.local_rope is not None:
+        config |= {"rope_local_base_freq": spec.local_rope.theta}
+    return config
+
+
 def _from_gguf(description: Description, family: str, *, every: int) -> Blueprint:
     """`every` so many layers one has no window."""
     keys = Keys(description.config, prefix=f"{family}.")

@@ -96,6 +96,23 @@ def from_mixtral_config(description: Description) -> Blueprint:
     return _from_config(description, {**_MIXTRAL_DEFAULTS, **description.config}, names=_MIXTRAL_NAMES)
 
 
+def to_config(spec: DecoderSpec) -> dict[str, object]:
+    """See `registry.Writer`."""
+    experts = {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.experts_per_token}
+    window = {"sliding_window": spec.window(0) or None}  # of every layer
+    if spec.num_experts:
+        return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu"} | window | experts
+    if spec.windows:
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"} | window
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
 def _from_config(
     description: Description, config: Mapping[str, object], *, names: Mapping[str, str] = HUGGINGFACE_NAMES
 ) -> Blueprint:

@@ -56,6 +56,18 @@ def from_gguf(description: Description) -> Blueprint:
     return Blueprint(spec, decoder.recipes(spec, GGUF_NAMES, fused=True), factors)
 
 
+def to_config(spec: DecoderSpec) -> dict[str, object]:
+    """See `registry.Writer`."""
+    return {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_act": "silu",
+        "sliding_window": max(spec.windows, default=0) or None,
+        "original_max_position_embeddings": spec.rope.original_context or spec.max_position,
+        "partial_rotary_factor": spec.rope.dim / spec.head_dim,
+    }
+
+
 def from_config(description: Description) -> Blueprint:
     """See `registry.Reader`."""
     config = {**_DEFAULTS, **description.config}

@@ -75,6 +75,33 @@ def from_qwen3_moe_config(description: Description) -> Blueprint:
     return _from_config(description, "qwen3moe", config, normed=True, has_experts=True)
 
 
+def to_config(spec: DecoderSpec) -> dict[str, object]:
+    """See `registry.Writer`."""
+    architecture, model_type = {
+        "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+        "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+        "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    }[spec.family]
+    config: dict[str, object] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+    }
+    if spec.qk_norm:
+        config |= {"attention_bias": False}  # which the second has in any case
+    if spec.num_experts:
+        config |= {
+            "num_experts": spec.num_experts,
+            "num_experts_per_tok": spec.experts_per_token,
+            "moe_intermediate_size": spec.intermediate_size,
+            "norm_topk_prob": spec.normalize_experts,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return config
+
+
 def _from_gguf(description: Description, family: str, *, normed: bool) -> Blueprint:
     keys = Keys(description.config, prefix=f"{family}.")
     decoder.need_neutral(keys, decoder.GGUF_NEUTRAL, "expert_count")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from engine.errors import UnsupportedModelError
-from engine.models import bert, gemma, llama, phi, qwen
+from engine.models import bert, decoder, gemma, llama, phi, qwen, rope
 from engine.models.blueprint import Blueprint, Description
-from engine.models.keys import shown
+from engine.models.keys import Keys, shown
+from engine.models.spec import DecoderSpec
 
 Reader = Callable[[Description], Blueprint[Any]]
 """Raises UnsupportedModelError for whatever would make the answer differ from the checkpoint's own."""
@@ -41,6 +43,21 @@ HUGGINGFACE_FAMILIES: Mapping[str, Reader] = {
 """By config.json's `model_type`."""
 
 
+Writer = Callable[[DecoderSpec], dict[str, object]]
+"""What config.json says of a family beside the sizes and the rope, by transformers' name of its class."""
+
+WRITERS: Mapping[str, Writer] = {
+    "llama": llama.to_config,
+    "qwen2": qwen.to_config,
+    "qwen3": qwen.to_config,
+    "qwen3moe": qwen.to_config,
+    "gemma2": gemma.to_config,
+    "gemma3": gemma.to_config,
+    "phi3": phi.to_config,
+}
+"""By `DecoderSpec.family`, which is `general.architecture` too."""
+
+
 def read_gguf(description: Description) -> Blueprint[Any]:
     """The blueprint of a GGUF file. Raises UnsupportedModelError for a family that we do not load."""
     return _reader(GGUF_FAMILIES, "general.architecture", description)(description)
@@ -49,6 +66,31 @@ def read_gguf(description: Description) -> Blueprint[Any]:
 def read_huggingface(description: Description) -> Blueprint[Any]:
     """The blueprint of a Hugging Face folder. Raises UnsupportedModelError for a family that we do not load."""
     return _reader(HUGGINGFACE_FAMILIES, "model_type", description)(description)
+
+
+def as_huggingface(description: Description) -> tuple[dict[str, object], Blueprint[DecoderSpec]]:
+    """The model of a GGUF file as a Hugging Face folder: its config.json, and the blueprint by which that folder's
+    tensors are read. So whatever a family's file says of a folder's tensors is said once, for reading them.
+
+    Raises UnsupportedModelError for a family that is not written, and for a model that would be read back as another.
+    """
+    spec: DecoderSpec = read_gguf(description).spec
+    writer = WRITERS.get(spec.family)
+    if writer is None:
+        raise UnsupportedModelError(
+            f"{spec.family} cannot be written as a Hugging Face folder, only {', '.join(WRITERS)} can."
+        )
+    keys = Keys(description.config, prefix=f"{spec.family}.")
+    config = {**writer(spec), **decoder.to_config(spec), **rope.to_config(spec.rope, keys, spec.max_position)}
+    # What is looked up before a blueprint names the others.
+    outer = {name: (spec.vocab_size, spec.hidden_size) for name in ("embed", *(() if spec.tie_embeddings else ("head",)))}
+    shapes = {**description.shapes, **{decoder.HUGGINGFACE_NAMES[name]: shape for name, shape in outer.items()}}
+    there: Blueprint[DecoderSpec] = read_huggingface(replace(description, config=config, shapes=shapes))
+    again = there.spec
+    ropes = zip(spec.ropes(), again.ropes(), strict=False)
+    if replace(again, rope=spec.rope, local_rope=spec.local_rope) != spec or not all(rope.alike(*pair) for pair in ropes):
+        raise UnsupportedModelError(f"{spec.family}: a config.json cannot say what this checkpoint says of the model.")
+    return config, there
 
 
 def _reader(families: Mapping[str, Reader], key: str, description: Description) -> Reader:

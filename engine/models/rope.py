@@ -18,6 +18,13 @@ from engine.models.spec import RopeSpec
 
 DEFAULT_THETA = 10000.0
 
+ROUNDED = 1e-5
+"""How far factors that are the same may lie apart, in parts of them: converters compute them in float32."""
+
+_LLAMA3_TURNS: Mapping[str, float] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3_CONTEXT = 8192
+"""What every Llama from 3.1 on is scaled with; only the factor differs. A GGUF file has none of it, only the result."""
+
 
 def from_huggingface(config: Mapping[str, object], head_dim: int, *, partial: bool = False) -> RopeSpec:
     """The rope that a config.json describes, as transformers reads it. `partial`: of a family that may turn a part of
@@ -172,6 +179,74 @@ def long_from_gguf(keys: Keys, dim: int, short: NDArray[np.float32], long: NDArr
         long_factors=tuple(long.tolist()),
         original_context=keys.count("rope.scaling.original_context_length", keys.count("context_length"), least=1),
         attention_factor=keys.positive("rope.scaling.attn_factor", default=1.0),
+    )
+
+
+def to_config(rope: RopeSpec, keys: Keys, context: int) -> dict[str, object]:
+    """A rope that was read from GGUF `keys`, of a model of `context` positions, as config.json says it: in the spelling
+    that every version of transformers reads. The first training's context of long factors stands beside it.
+
+    Raises UnsupportedModelError for factors that have no name there.
+    """
+    return {"rope_theta": rope.theta, "rope_scaling": _scaling_to_config(rope, keys, context)}
+
+
+def _scaling_to_config(rope: RopeSpec, keys: Keys, context: int) -> dict[str, object] | None:
+    if rope.long_factors:
+        scaling: dict[str, object] = {
+            "type": "longrope",  # under this name alone Phi-3's first readers know it, and with no key more
+            "short_factor": list(rope.factors),
+            "long_factor": list(rope.long_factors),
+        }
+        usual = longrope_attention(context / rope.original_context, rope.original_context)
+        return scaling | _attention_to_config(rope, usual)
+    if keys.get("rope.scaling.type") == "yarn":
+        factor = keys.positive("rope.scaling.factor", default=1.0)
+        original = keys.count("rope.scaling.original_context_length", context)
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        for key in ("beta_fast", "beta_slow"):
+            if keys.get(f"rope.scaling.yarn_{key}") is not None:
+                scaling[key] = keys.positive(f"rope.scaling.yarn_{key}")
+        return scaling | _attention_to_config(rope, yarn_attention(factor))
+    slowest = max(rope.factors, default=1.0)
+    if min(rope.factors, default=1.0) == slowest:
+        return None if slowest == 1.0 else {"rope_type": "linear", "factor": slowest}
+    llama3 = llama3_factors(
+        rope.theta,
+        rope.dim,
+        factor=slowest,
+        low_freq_factor=_LLAMA3_TURNS["low_freq_factor"],
+        high_freq_factor=_LLAMA3_TURNS["high_freq_factor"],
+        original_context=_LLAMA3_CONTEXT,
+    )
+    if not np.allclose(llama3, rope.factors, rtol=ROUNDED, atol=0.0):
+        raise UnsupportedModelError(
+            "rope_freqs.weight must hold Llama 3's factors to be written into a config.json: for others it has no words."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": slowest,
+        **_LLAMA3_TURNS,
+        "original_max_position_embeddings": _LLAMA3_CONTEXT,
+    }
+
+
+def _attention_to_config(rope: RopeSpec, usual: float) -> dict[str, object]:
+    """Only where it is another than readers take by themselves."""
+    return {} if math.isclose(rope.attention_factor, usual, rel_tol=ROUNDED) else {
+        "attention_factor": rope.attention_factor
+    }
+
+
+def alike(one: RopeSpec, other: RopeSpec) -> bool:
+    """Whether two ropes turn by the same angles, but for what float32 rounds off."""
+    contexts = (0, one.original_context, one.original_context + 1)
+    return (
+        (one.theta, one.dim, one.original_context) == (other.theta, other.dim, other.original_context)
+        and math.isclose(one.attention_factor, other.attention_factor, rel_tol=ROUNDED)
+        and all(
+            np.allclose(one.frequencies(n), other.frequencies(n), rtol=ROUNDED, atol=0.0) for n in contexts
+        )
     )
 
 

@@ -77,6 +77,17 @@ def defaults_from_config(values: Mapping[str, object], path: Path | str) -> dict
     return found
 
 
+def config_from_defaults(defaults: Mapping[str, float]) -> dict[str, object]:
+    """The keys of a generation_config.json that states `defaults`, which are by the API's names."""
+    found: dict[str, object] = {key: defaults[known.name] for key, known in _KEYS.items() if known.name in defaults}
+    if not found:
+        return {}
+    if found.get("temperature") == 0:
+        del found["temperature"]
+        return {"do_sample": False, **found}
+    return {"do_sample": True, **found}
+
+
 def defaults_from_gguf(metadata: Mapping[str, object], path: Path) -> dict[str, float]:
     """The same from GGUF metadata, which name the file's keys in their own way."""
     return _known(metadata, _GGUF_KEYS, "general.sampling.", path)

@@ -32,6 +32,10 @@ class GgufCheckpoint:
     def tensors(self) -> Mapping[str, GgufTensor]:
         return self._file.tensors
 
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        return self._file.metadata
+
     def blueprint(self) -> Blueprint[Any]:
         metadata = self._file.metadata
         pieces = metadata.get("split.count")  # of llama.cpp's gguf-split

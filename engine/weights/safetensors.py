@@ -1,4 +1,5 @@
-"""Reading safetensors, a format we do not trust: the header is checked against the file's size before it is used.
+"""safetensors: reading a format we do not trust, whose header is checked against the file's size before it is used; and
+the header of a file of our own.
 
 The `safetensors` package reads through numpy, which has no bfloat16, so the header is read here and rows come as raw
 bytes. Source: the safetensors format description: 8 bytes header length, a JSON header, then data that the tensors
@@ -12,7 +13,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,18 @@ class SafeTensor:
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[-1:]) * _ITEM_BYTES[self.type_name]
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """What a file begins with that holds these tensors (name, type, shape) one after another."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses a file
+    end = 0
+    for name, type_name, shape in tensors:
+        begin, end = end, end + math.prod(shape) * _ITEM_BYTES[type_name]
+        table[name] = _Entry(type_name, list(shape), (begin, end))
+    encoded = msgspec.json.encode(table)
+    encoded += b" " * (-len(encoded) % _LENGTH.size)  # data that is aligned can be mapped
+    return _LENGTH.pack(len(encoded)) + encoded
 
 
 class SafetensorsFile:
