@@ -46,6 +46,9 @@ _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?) ?%")
 QUANTIZATIONS = ("none", "int8", "int4")
 """What may become of float weights: bfloat16, 8-bit or 4-bit quants."""
 
+FOLDER_DTYPES = ("bfloat16", "float16", "float32")
+"""What the weights of a folder may be that `seraph convert` writes."""
+
 HUGE_PAGES = ("auto", "on", "off")
 """Whether weights are copied into huge pages: "auto" where that takes at most HUGE_PAGES_SHARE of the memory."""
 

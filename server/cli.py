@@ -1,4 +1,4 @@
-"""`seraph serve | chat | doctor | pull | convert | models | rm`: what people type. Heavy imports wait until a command runs."""
+"""`seraph serve | chat | doctor | pull | convert | models | rm`: what people type. Heavy imports wait for a command."""
 
 from __future__ import annotations
 

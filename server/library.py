@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from engine.config import FOLDER_DTYPES
 from server.parameters import completing, known_models, told
 
 
@@ -54,18 +56,20 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="An alias or another source, of a GGUF file.", autocompletion=completing(known_models)
+            metavar="SOURCE",
+            help="An alias or another source, of GGUF.",
+            autocompletion=completing(known_models),
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="bfloat16|float16|float32",
+            metavar="|".join(FOLDER_DTYPES),
             help="What weights are rounded to.",
-            autocompletion=completing(lambda: ("bfloat16", "float16", "float32")),
+            autocompletion=completing(partial(iter, FOLDER_DTYPES)),
         ),
-    ] = "bfloat16",
+    ] = FOLDER_DTYPES[0],
     force: Annotated[bool, typer.Option("--force", help="Replace a model's folder that is there.")] = False,
 ) -> None:
     """Write a GGUF model as a Hugging Face folder, which vLLM and transformers load.
@@ -76,11 +80,11 @@ def convert(
     seraph convert smollm2-135m-instruct ./smollm2
     seraph convert ./model.Q4_K_M.gguf ./model --dtype float32
     """
-    from engine.weights.export import export
+    from engine.weights import export_folder
     from engine.weights.progress_bar import RichProgress
 
     with told(), RichProgress() as bars:
-        path = export(source, folder, dtype=dtype, force=force, progress=bars)
+        path = export_folder(source, folder, dtype=dtype, force=force, progress=bars)
         nbytes = sum(file.stat().st_size for file in path.iterdir())
         typer.echo(f"{source} is converted ({_megabytes(nbytes)}): {path}")
 

@@ -98,12 +98,12 @@ def from_mixtral_config(description: Description) -> Blueprint:
 
 def to_config(spec: DecoderSpec) -> dict[str, object]:
     """See `registry.Writer`."""
-    experts = {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.experts_per_token}
-    window = {"sliding_window": spec.window(0) or None}  # of every layer
+    config: dict[str, object] = {"hidden_act": "silu", "sliding_window": spec.window(0) or None}  # of every layer
     if spec.num_experts:
-        return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu"} | window | experts
+        experts = {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.experts_per_token}
+        return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **config, **experts}
     if spec.windows:
-        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"} | window
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **config}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

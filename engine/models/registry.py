@@ -82,14 +82,16 @@ def as_huggingface(description: Description) -> tuple[dict[str, object], Bluepri
         )
     keys = Keys(description.config, prefix=f"{spec.family}.")
     config = {**writer(spec), **decoder.to_config(spec), **rope.to_config(spec.rope, keys, spec.max_position)}
-    # What is looked up before a blueprint names the others.
-    outer = {name: (spec.vocab_size, spec.hidden_size) for name in ("embed", *(() if spec.tie_embeddings else ("head",)))}
-    shapes = {**description.shapes, **{decoder.HUGGINGFACE_NAMES[name]: shape for name, shape in outer.items()}}
+    names = [decoder.HUGGINGFACE_NAMES[name] for name in ("embed", *(() if spec.tie_embeddings else ("head",)))]
+    # Only these are looked up to make a blueprint, which then names all.
+    shapes = {**description.shapes, **dict.fromkeys(names, (spec.vocab_size, spec.hidden_size))}
     there: Blueprint[DecoderSpec] = read_huggingface(replace(description, config=config, shapes=shapes))
     again = there.spec
-    ropes = zip(spec.ropes(), again.ropes(), strict=False)
-    if replace(again, rope=spec.rope, local_rope=spec.local_rope) != spec or not all(rope.alike(*pair) for pair in ropes):
-        raise UnsupportedModelError(f"{spec.family}: a config.json cannot say what this checkpoint says of the model.")
+    same_ropes = len(again.ropes()) == len(spec.ropes()) and all(map(rope.alike, again.ropes(), spec.ropes()))
+    if replace(again, rope=spec.rope, local_rope=spec.local_rope) != spec or not same_ropes:
+        raise UnsupportedModelError(
+            f"{spec.family}: config.json cannot say all that this checkpoint says of the model."
+        )
     return config, there
 
 

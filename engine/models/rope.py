@@ -221,7 +221,7 @@ def _scaling_to_config(rope: RopeSpec, keys: Keys, context: int) -> dict[str, ob
     )
     if not np.allclose(llama3, rope.factors, rtol=ROUNDED, atol=0.0):
         raise UnsupportedModelError(
-            "rope_freqs.weight must hold Llama 3's factors to be written into a config.json: for others it has no words."
+            "rope_freqs.weight must hold the factors of Llama 3.1 or later: config.json has no words for others."
         )
     return {
         "rope_type": "llama3",
@@ -232,10 +232,9 @@ def _scaling_to_config(rope: RopeSpec, keys: Keys, context: int) -> dict[str, ob
 
 
 def _attention_to_config(rope: RopeSpec, usual: float) -> dict[str, object]:
-    """Only where it is another than readers take by themselves."""
-    return {} if math.isclose(rope.attention_factor, usual, rel_tol=ROUNDED) else {
-        "attention_factor": rope.attention_factor
-    }
+    """Nothing where it is what readers take by themselves."""
+    unusual = not math.isclose(rope.attention_factor, usual, rel_tol=ROUNDED)
+    return {"attention_factor": rope.attention_factor} if unusual else {}
 
 
 def alike(one: RopeSpec, other: RopeSpec) -> bool:
@@ -244,9 +243,7 @@ def alike(one: RopeSpec, other: RopeSpec) -> bool:
     return (
         (one.theta, one.dim, one.original_context) == (other.theta, other.dim, other.original_context)
         and math.isclose(one.attention_factor, other.attention_factor, rel_tol=ROUNDED)
-        and all(
-            np.allclose(one.frequencies(n), other.frequencies(n), rtol=ROUNDED, atol=0.0) for n in contexts
-        )
+        and all(np.allclose(one.frequencies(n), other.frequencies(n), rtol=ROUNDED, atol=0.0) for n in contexts)
     )
 
 

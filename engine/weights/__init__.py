@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engine.weights.source import CatalogEntry, catalog, known, model_id, parse, resolve
 
 if TYPE_CHECKING:
+    from engine.weights.export import export_folder
     from engine.weights.inventory import InstalledModel, installed, remove, sweep, unfinished
     from engine.weights.pack import PackedModel
     from engine.weights.store import load_encoder, load_model, load_packed
@@ -19,6 +20,7 @@ __all__ = [
     "InstalledModel",
     "PackedModel",
     "catalog",
+    "export_folder",
     "installed",
     "known",
     "load_encoder",
@@ -35,6 +37,7 @@ __all__ = [
 _HOMES = {
     "InstalledModel": "engine.weights.inventory",
     "PackedModel": "engine.weights.pack",
+    "export_folder": "engine.weights.export",
     "installed": "engine.weights.inventory",
     "load_encoder": "engine.weights.store",
     "load_model": "engine.weights.store",

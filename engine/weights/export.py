@@ -23,7 +23,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, processors
 
-from engine.config import seraph_home
+from engine.config import FOLDER_DTYPES, seraph_home
 from engine.errors import ConfigError, FormatError, UnsupportedModelError
 from engine.kernels.layout import to_bf16
 from engine.models.recipe import Recipe
@@ -60,11 +60,10 @@ _DTYPES: Mapping[str, _Dtype] = {
     "float16": _Dtype("F16", 2, float(np.finfo(np.float16).max), lambda values: values.astype("<f2")),
     "float32": _Dtype("F32", 4, float(np.finfo(np.float32).max), lambda values: values.astype("<f4", copy=False)),
 }
+assert tuple(_DTYPES) == FOLDER_DTYPES
 
-DTYPES = tuple(_DTYPES)
 
-
-def export(
+def export_folder(
     source: str,
     folder: Path,
     *,
@@ -77,14 +76,15 @@ def export(
 ) -> Path:
     """Write the model that `source` names, fetched first where it has to be, as the Hugging Face folder `folder`.
 
-    Weights are dequantized to float32 and rounded to `dtype`, one of DTYPES, once. The folder is complete or absent: it
-    is written beside its place and renamed. `force` replaces one that is there, if it is a model's. Returns its path.
+    Weights are dequantized to float32 and rounded to `dtype`, one of FOLDER_DTYPES, once. The folder is complete or
+    absent: it is written beside its place and renamed. `force` replaces one that is there, if it is a model's. Returns
+    its path.
 
     Raises ConfigError for a dtype or place that cannot be, SourceError or FormatError as `load_packed` does, and
     UnsupportedModelError for what is no GGUF file of a decoder, or of one that a folder cannot describe.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype not in FOLDER_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(FOLDER_DTYPES)}, got {dtype!r}.")
     root, target = seraph_home(home), folder.expanduser().resolve()
     progress = progress or NoProgress()
     _need_place(target, force)
@@ -99,12 +99,12 @@ def export(
         shards = _shards(tensors, _DTYPES[dtype].nbytes, shard_bytes)
         if len(shards) > 1:
             texts[INDEX] = _index(shards, _DTYPES[dtype].nbytes)
+        nbytes = _DTYPES[dtype].nbytes * sum(tensor.size for tensor in tensors)
+        purpose = f"converting {parsed.name}"
         with (
             lock(root / "packed" / f"{packed_stem(target.name, str(target))}.lock", f"writing {target}"),
-            _beside(target, force, f"converting {parsed.name}") as temporary,
+            _beside(target, force, nbytes + sum(map(len, texts.values())), purpose, free) as temporary,
         ):
-            nbytes = _DTYPES[dtype].nbytes * sum(tensor.size for tensor in tensors)
-            need_space(temporary, nbytes + sum(map(len, texts.values())), f"converting {parsed.name}", free=free)
             for name, text in texts.items():
                 _write(temporary / name, [text])
             progress.start(f"Converting {parsed.name}", nbytes)
@@ -142,22 +142,24 @@ def _opened(source: Source, target: Path, home: Path, progress: Progress) -> Ite
 
 
 @contextmanager
-def _beside(target: Path, force: bool, purpose: str) -> Iterator[Path]:
-    """A new folder beside `target`, which takes its place in the end; on failure nothing is left of it. The caller
-    holds the target's lock."""
+def _beside(target: Path, force: bool, num_bytes: int, purpose: str, free: Callable[[Path], int]) -> Iterator[Path]:
+    """A new folder beside `target`, for `num_bytes`, which takes its place in the end; on failure nothing is left of
+    it. The caller holds the target's lock."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     replaced = target.with_name(f"{target.name}.{os.getpid()}.old.tmp")
     leftover = re.compile(rf"{re.escape(target.name)}\.\d+(\.old)?\.tmp")
-    with writing(target.parent, 0, purpose):
+    _need_place(target, force)  # again: somebody else may have held the lock
+    with writing(target.parent, num_bytes, purpose):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Whoever wrote these was killed: the lock that we hold was theirs.
         for path in target.parent.iterdir():
             if leftover.fullmatch(path.name):
                 shutil.rmtree(path)
+        need_space(target.parent, num_bytes, purpose, free=free)
         try:
             temporary.mkdir()
             yield temporary
-            _need_place(target, force)  # again: that may have taken an hour
+            _need_place(target, force)  # again: this may have taken an hour
             if target.exists():
                 os.replace(target, replaced)
             publish(temporary, target)

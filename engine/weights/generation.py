@@ -79,13 +79,14 @@ def defaults_from_config(values: Mapping[str, object], path: Path | str) -> dict
 
 def config_from_defaults(defaults: Mapping[str, float]) -> dict[str, object]:
     """The keys of a generation_config.json that states `defaults`, which are by the API's names."""
-    found: dict[str, object] = {key: defaults[known.name] for key, known in _KEYS.items() if known.name in defaults}
-    if not found:
-        return {}
+    found: dict[str, object] = {
+        key: int(value) if known.whole else value
+        for key, known in _KEYS.items()
+        if (value := defaults.get(known.name)) is not None
+    }
     if found.get("temperature") == 0:
-        del found["temperature"]
-        return {"do_sample": False, **found}
-    return {"do_sample": True, **found}
+        return {"do_sample": False} | {key: value for key, value in found.items() if key != "temperature"}
+    return {"do_sample": True, **found} if found else {}
 
 
 def defaults_from_gguf(metadata: Mapping[str, object], path: Path) -> dict[str, float]:

@@ -16,7 +16,7 @@ from loadtests.peers.plan import Task, first_seed, num_requests
 from loadtests.peers.processes import Child, SystemFailure, output_of, resident_mb, running
 from loadtests.peers.serving import random_prompt
 from loadtests.peers.systems import Environment, Figures, Place, Setting
-from loadtests.peers.vllm import Vllm, make_folder
+from loadtests.peers.vllm import make_folder
 from loadtests.throughput import prompt
 
 DRIVER = Path(__file__).parent / "inside" / "openvino_driver.py"
@@ -40,14 +40,12 @@ class OpenVino:
             ),
             unwanted=("torchvision",),  # as beside vLLM
         ),
-        **Vllm.environments,  # for the Hugging Face folder that is converted
     }
     over_http = False
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
         convert = pythons[CONVERT]
-        (maker,) = Vllm.environments
-        folder = make_folder(place, pythons[maker])
+        folder = make_folder(place)
         for name, flags in FORMATS.items():
             made = place.models / f"openvino_{name}"
             if made.exists():

