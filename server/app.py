@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -100,7 +102,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},  # ours is /metrics
+        **_without_telemetry(),
     )
     app.state.service = service
     app.add_exception_handler(SeraphError, _on_error)
@@ -109,6 +111,13 @@ def create_app(
         app.include_router(routes.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
+
+
+def _without_telemetry() -> dict[str, Any]:
+    """What newer versions of FastAPI would tell, /metrics does."""
+    if "telemetry" not in inspect.signature(FastAPI.__init__).parameters:
+        return {}
+    return {"telemetry": {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}}
 
 
 async def _start(model: ServedModel, service: Service) -> None:

@@ -336,7 +336,8 @@ def _kv_cache(known: Capabilities) -> str:
     """16384 tokens of bf16 in 512 blocks, 377 MB: 2 requests of full length"""
     full = known.kv_cache_tokens / known.max_model_len
     fit = f"{full:.1f}".removesuffix(".0")
-    size = f" in {known.num_kv_blocks} blocks, {readable(known.kv_cache_bytes)}" if known.num_kv_blocks else ""
+    nbytes = f", {readable(known.kv_cache_bytes)}" if known.kv_cache_bytes else ""
+    size = f" in {known.num_kv_blocks} blocks{nbytes}" if known.num_kv_blocks else ""
     dtype = f" of {known.kv_cache_dtype}" if known.kv_cache_dtype else ""
     return f"{known.kv_cache_tokens} tokens{dtype}{size}: {fit} request{'s' if fit != '1' else ''} of full length"
 

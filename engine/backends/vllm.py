@@ -369,7 +369,10 @@ class VllmEngine:
             weights=WeightsInfo(bits=0 if model.quantization else 8 * model.dtype.itemsize),
             num_kv_blocks=blocks,
             kv_cache_tokens=blocks * block_size,
-            kv_cache_dtype=str(cache.cache_dtype),
+            kv_cache_bytes=cache.kv_cache_memory_bytes or 0,
+            kv_cache_dtype=str(model.dtype).removeprefix("torch.")
+            if cache.cache_dtype == "auto"
+            else cache.cache_dtype,
         )
 
     async def _supervise(self) -> None:

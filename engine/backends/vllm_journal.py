@@ -11,12 +11,13 @@ STAGES = (
     ("Initializing a V1 LLM engine", "the engine process is there"),
     ("Starting to load model", "loading the weights"),
     ("Loading weights took", "the weights are loaded"),
-    ("torch.compile", "compiling"),
-    ("Capturing", "capturing graphs"),
     ("KV cache size", "the KV memory is divided"),
+    ("Dynamo bytecode transform", "compiling"),
+    ("torch.compile took", "compiled"),
+    ("Capturing CUDA graphs", "capturing graphs"),
     ("init engine (", "warmed up"),
 )
-"""Words of vLLM's, in the order in which they come, and what they mean."""
+"""Words of vLLM's and what they mean."""
 
 KEPT = 10
 """Logs of starts that failed or were killed, beside that of this one."""
@@ -42,7 +43,7 @@ class Journal:
         self.path.touch(0o600)
         self.config_path.write_text(json.dumps(self._logging_config()))
         self._read = 0
-        self._reached = -1
+        self._reached: set[str] = set()
 
     def _logging_config(self) -> dict[str, object]:
         """For logging.config.dictConfig, in every one of the processes."""
@@ -58,9 +59,9 @@ class Journal:
         """Stages that were reached since the last call."""
         text = self._more()
         found = []
-        for index, (words, meaning) in enumerate(STAGES):
-            if index > self._reached and words in text:
-                self._reached = index
+        for words, meaning in STAGES:
+            if words in text and meaning not in self._reached:
+                self._reached.add(meaning)
                 found.append(meaning)
         return found
 

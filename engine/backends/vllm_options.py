@@ -74,17 +74,17 @@ class VllmOptions:
                 "--scheduling-policy=priority",
                 "--structured-outputs-config.backend=guidance",
             ]
-        for key, value in self.arguments:
+        for key, given in self.arguments:
             name = key.strip().lstrip("-").replace("_", "-")
             if name in OURS:
                 raise ConfigError(f"--vllm-arg {key}: Seraph has a setting for it, or decides on it: leave it out.")
-            match value.strip().lower():
+            match given.strip().lower():
                 case "true" | "":
                     words.append(f"--{name}")
                 case "false":
                     words.append(f"--no-{name}")
                 case _:
-                    words.append(f"--{name}={value}")
+                    words.append(f"--{name}={given}")
         return words
 
 
