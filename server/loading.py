@@ -128,7 +128,7 @@ class Loader:
         RequestError for what is no source.
         """
         if self._settings.uses_vllm:
-            raise ForbiddenError(
+            raise RequestError(
                 "Models are loaded while the server runs by the native engine alone; this server computes with vLLM.",
                 code="not_supported_by_engine",
             )

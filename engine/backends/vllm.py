@@ -355,6 +355,7 @@ class VllmEngine:
         if self._options.pooling:
             features |= {"embed"} & tasks or ({"score"} if "classify" in tasks else set())
         blocks, block_size = cache.num_gpu_blocks or 0, cache.block_size or 0
+        kv_dtype = model.dtype if cache.cache_dtype == "auto" else cache.cache_dtype
         return Capabilities(
             engine="vllm",
             version=f"vLLM {_version()} on {_device(config)}",
