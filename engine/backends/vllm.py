@@ -371,9 +371,7 @@ class VllmEngine:
             num_kv_blocks=blocks,
             kv_cache_tokens=blocks * block_size,
             kv_cache_bytes=cache.kv_cache_memory_bytes or 0,
-            kv_cache_dtype=str(model.dtype).removeprefix("torch.")
-            if cache.cache_dtype == "auto"
-            else cache.cache_dtype,
+            kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         )
 
     async def _supervise(self) -> None:
