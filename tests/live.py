@@ -17,7 +17,32 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ENGINE = "native"
+"""What computes for servers that tests start; `pytest --engine` says it."""
+
+NATIVE_FLAGS = frozenset({"--threads", "--kv-cache-tokens", "--huge-pages", "--speculation", "--isa"})
+"""Flags with a value that make tests quick, or their figures round, and that vLLM has no word for."""
+
+VLLM_FLAGS = ("--engine", "vllm", "--vllm-arg", "enforce-eager=true", "--kv-cache-memory", "1GiB")
+
 _ADDRESS = re.compile(r"^  listening +(http://\S+)$")
+
+
+SERVE = (sys.executable, "-m", "server.cli", "serve")
+VLLM_START = 300.0
+"""Seconds; on two cores, with others at work, it takes one or two minutes."""
+
+
+def over_vllm(arguments: Sequence[str | Path]) -> list[str | Path]:
+    """The same models, computed by vLLM."""
+    kept: list[str | Path] = []
+    words = iter(arguments)
+    for word in words:
+        if word in NATIVE_FLAGS:
+            next(words)
+        elif word != "--embedding-model":  # there an encoder is a model like the others
+            kept.append(word)
+    return [*kept, *VLLM_FLAGS]
 
 
 @dataclass
@@ -43,7 +68,7 @@ class StartError(Exception):
 @contextmanager
 def live_server(
     *arguments: str | Path,
-    command: Sequence[str] = (sys.executable, "-m", "server.cli", "serve"),
+    command: Sequence[str] = SERVE,
     environment: Mapping[str, str] | None = None,
     timeout: float = 120.0,
 ) -> Iterator[LiveServer]:
@@ -58,6 +83,8 @@ def live_server(
             inherited[name] = os.environ[name]
     inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     inherited["PYTHONUNBUFFERED"] = "1"
+    if ENGINE == "vllm" and command is SERVE:
+        arguments, timeout = tuple(over_vllm(arguments)), VLLM_START
     started = time.monotonic()
     process = subprocess.Popen(
         [*command, "--port", "0", *map(str, arguments)],
