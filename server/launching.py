@@ -114,6 +114,7 @@ def _launch_vllm(settings: Settings) -> list[Launched]:
             pooling=kind_of(model.info) is not Kind.GENERATE,
             kv_cache_bytes=_vllm_kv_bytes(settings),
         )
+        options.command_line()  # what cannot be is said before vLLM is imported
         engine = VllmEngine(
             options, eos_token_ids=model.info.eos_token_ids, checkpoint_format=model.info.checkpoint_format
         )

@@ -37,6 +37,7 @@ class Journal:
         old = sorted(folder.glob("vllm-*.log"), key=lambda path: path.stat().st_mtime)
         for path in old[: max(0, len(old) - KEPT)]:
             path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
         name = re.sub(r"[^\w.-]", "_", model)[:80]
         self.path = folder / f"vllm-{name}-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06}.log"
         self.config_path = self.path.with_suffix(".json")

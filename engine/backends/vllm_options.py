@@ -126,10 +126,10 @@ def _parse(options: VllmOptions) -> AsyncEngineArgs:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first thing that an error of vLLM's says, on one line."""
+    """The first thing that an error of vLLM's says, on one line; what it advises in further paragraphs is left out."""
+    text = str(error)
     errors = getattr(error, "errors", None)
-    if callable(errors):  # pydantic's
-        said = errors()
-        if said:
-            return str(said[0].get("msg", "")).removeprefix("Value error, ") or type(error).__name__
-    return " ".join(str(error).split())[:1000] or type(error).__name__
+    if callable(errors) and (said := errors()):  # pydantic's
+        text = str(said[0].get("msg", "")).removeprefix("Value error, ")
+    first, _, _ = text.strip().partition("\n\n")
+    return " ".join(first.split())[:1000] or type(error).__name__
