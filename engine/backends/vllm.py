@@ -182,7 +182,10 @@ class VllmEngine:
                         for i, one in enumerate(request.inputs)
                     ]
                     try:
-                        return np.stack(await asyncio.gather(*tasks))
+                        vectors = np.stack(await asyncio.gather(*tasks))
+                        self._counters.num_encoded_texts += len(request.inputs)
+                        self._counters.num_encoded_tokens += sum(len(one.token_ids) for one in request.inputs)
+                        return vectors
                     finally:
                         for task in tasks:
                             task.cancel()

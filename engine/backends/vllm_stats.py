@@ -26,6 +26,8 @@ class Counters:
     num_accepted_tokens: int = 0
     num_preemptions: int = 0
     num_requests_finished: int = 0
+    num_encoded_texts: int = 0
+    num_encoded_tokens: int = 0
 
     def record(self, scheduler: Any, iteration: Any) -> None:
         """Take in what one step of vLLM says (SchedulerStats and IterationStats, either may be missing)."""
@@ -59,6 +61,8 @@ class Counters:
             num_accepted_tokens=self.num_accepted_tokens,
             num_preemptions=self.num_preemptions,
             num_requests_finished=self.num_requests_finished,
+            num_encoded_texts=self.num_encoded_texts,
+            num_encoded_tokens=self.num_encoded_tokens,
             num_restarts=num_restarts,
         )
 

@@ -194,6 +194,10 @@ async def test_the_server_of_itself(client: Either) -> None:
     assert caught.value.code == "model_not_found" and caught.value.request_id
 
 
+LOADS = pytest.mark.native("models that come and go while the server runs")
+
+
+@LOADS
 async def test_models_come_and_go(client: Either, live: Live) -> None:
     begun = await client("admin.load", str(live.folder / "bge"), name="second")
     assert begun.name == "second"
@@ -208,6 +212,7 @@ async def test_models_come_and_go(client: Either, live: Live) -> None:
         await client("embed", "bread", model="second")
 
 
+@LOADS
 async def test_a_model_that_does_not_load(client: Either, live: Live) -> None:
     (live.folder / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
     await client("admin.load", str(live.folder / "broken.gguf"), name="broken")
@@ -216,6 +221,7 @@ async def test_a_model_that_does_not_load(client: Either, live: Live) -> None:
     assert await client("admin.unload", "broken") is None
 
 
+@LOADS
 def test_what_the_readme_shows(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
     readme = (ROOT / "clients" / "python" / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)

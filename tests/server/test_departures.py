@@ -19,6 +19,8 @@ from tests.server.core_engine import CoreEngine
 from tests.server.support import chat, listening, settings, wait_until
 from tests.tiny_gguf import write_tiny_llama
 
+pytestmark = pytest.mark.native("the books of our own core, step by step")
+
 CHAT = "/v1/chat/completions"
 CONTEXT = 2048
 

@@ -22,6 +22,8 @@ from tests.live import LiveServer, StartError, live_server
 from tests.tiny_encoders import ENCODERS, seed_of
 from tests.tiny_gguf import write_tiny_llama
 
+pytestmark = pytest.mark.native("an encoder in the process of a decoder")
+
 KEY = {"authorization": "Bearer the-key"}
 SECONDS = 30.0
 TEXTS = ["the river", "what is a mountain?", "water " * 40, "bread"]

@@ -42,6 +42,8 @@ from tests.server.support import settings, wait_until
 from tests.tiny_encoders import VOCAB_SIZE, tokenizer_json
 from tests.tiny_gguf import CHAT_TEMPLATE, TinyLlama
 
+pytestmark = pytest.mark.native("the books of our own core, step by step")
+
 NUM_SHORT, NUM_LONG = 60, 1000
 TOOLS = "{% if messages[0].role == 'tool' or messages[0].tool_calls %}{% endif %}"
 KEY = {"authorization": "Bearer the-key", "content-type": "application/json"}

@@ -22,6 +22,8 @@ from engine.weights.store import lock_path
 from tests.live import LiveServer, live_server
 from tests.tiny_gguf import write_tiny_llama
 
+pytestmark = pytest.mark.native("models that come and go while the server runs")
+
 CONTEXT = 16_384
 KEY = {"authorization": "Bearer the-key"}
 FLAGS = ("--threads", "1", "--kv-cache-tokens", str(CONTEXT), "--admin-key", "the-key", "--allow-remote-load")
