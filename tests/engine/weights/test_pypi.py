@@ -114,8 +114,22 @@ def test_no_space_is_noticed_before_anything_is_fetched(home: Path) -> None:
     assert left(home) == set()
 
 
+def test_no_finder_of_others_hears_of_pip(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of setuptools gives up its distutils then, and vLLM cannot be imported after a fetch."""
+    asked: list[str] = []
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    fetch(pinned(home), home, NoProgress())
+    assert "pip" not in asked
+
+
 def test_a_python_without_pip_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pip", None)  # what an import system without it answers
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "pip").exists()])
     with pytest.raises(SourceError, match=r"fetching tiny-model==1\.0 needs pip, and .* has none: run .* -m ensurepip"):
         fetch(WANTED, home, NoProgress())
     assert left(home) == set()
