@@ -97,9 +97,10 @@ load: $(STAMPS)/seraph $(STAMPS)/load ## 30 seconds of load against a server of 
 	@$(PY) -m loadtests.run $(ARGS)
 
 .PHONY: docs
-docs: $(STAMPS)/seraph ## write the pages that come from the code (docs/configuration.md, docs/api.md)
+docs: $(STAMPS)/seraph ## write the pages that come from the code (docs/configuration.md, docs/api.md, docs/engines.md)
 	@$(PY) -m server.reference > docs/configuration.md
 	@$(PY) -m server.api_reference > docs/api.md
+	@$(PY) -m server.engine_reference > docs/engines.md
 
 .PHONY: lock
 lock: ## resolve pyproject.toml into requirements/*.txt (ARGS=--upgrade for newer versions)

@@ -25,6 +25,7 @@ from engine.config import (
 )
 from engine.embedder import Embedder, Turns
 from engine.errors import ConfigError, RequestError, StalledRankError
+from engine.features import features_of
 from engine.kernels import create_program
 from engine.kernels.batch import Program
 from engine.models.spec import EncoderSpec, ModelInfo
@@ -292,13 +293,15 @@ class EngineCore:
             kv_cache_tokens=self.num_blocks * BLOCK_SIZE,
             kv_cache_bytes=self.num_blocks * BLOCK_SIZE * self.info.spec.kv_bytes_per_token(self.config.kv_cache_dtype),
             kv_cache_dtype=self.config.kv_cache_dtype,
-            features=frozenset(
+            features=features_of(
+                "native",
                 {
                     "generate",
                     "logprobs",
+                    "prompt_logprobs",
                     *(("grammar",) if self.info.eos_token_ids else ()),
                     *(() if self._embedder is None else self._embedder.features),
-                }
+                },
             ),
             encoder=None if self._embedder is None else self._embedder.info,
         )

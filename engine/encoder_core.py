@@ -9,6 +9,7 @@ from engine.config import EngineConfig, available_cpus, memory_limit
 from engine.core import EngineCore
 from engine.embedder import Embedder
 from engine.errors import ConfigError, RequestError
+from engine.features import features_of
 from engine.models.spec import EncoderSpec
 from engine.request import Capabilities, Embedded, EmbedRequest, EngineStats, Request, TokenDelta
 
@@ -74,7 +75,7 @@ class EncoderCore:
             model=self.model_name,
             max_model_len=info.max_input_len,
             vocab_size=info.vocab_size,
-            features=self._embedder.features,
+            features=features_of("native", self._embedder.features),
             isa=self._embedder.program.isa,
             threads=self.config.threads or available_cpus(),
             max_position=info.max_input_len,

@@ -252,7 +252,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     max_model_len: int
     vocab_size: int
-    features: frozenset[str] = frozenset()  # of: generate, embed, score, grammar, logprobs, adapter
+    features: frozenset[str] = frozenset()  # names of engine.features
     isa: str = ""  # kernel build in use; empty where the engine has no such choice, as in the fields below
     threads: int = 0
     num_ranks: int = 0  # tensor-parallel ranks that the threads form

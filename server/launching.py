@@ -14,7 +14,7 @@ from engine.backends.native import NativeEngine
 from engine.cache.sizing import Needs, divide_kv_memory
 from engine.config import AUTO_KV_SHARE, EngineConfig, has_gpu, memory_limit, parse_memory
 from engine.errors import ConfigError
-from engine.models.spec import ModelInfo
+from engine.models.spec import EncoderSpec, ModelInfo
 from engine.weights import PackedModel, load_packed
 from server.kinds import Kind, kind_of
 from server.settings import Settings
@@ -115,8 +115,12 @@ def _launch_vllm(settings: Settings) -> list[Launched]:
             kv_cache_bytes=_vllm_kv_bytes(settings),
         )
         options.command_line()  # what cannot be is said before vLLM is imported
+        info = model.info
         engine = VllmEngine(
-            options, eos_token_ids=model.info.eos_token_ids, checkpoint_format=model.info.checkpoint_format
+            options,
+            eos_token_ids=info.eos_token_ids,
+            checkpoint_format=info.checkpoint_format,
+            encoder=info.spec if isinstance(info.spec, EncoderSpec) else None,
         )
         launched.append(Launched(names, source, model, engine))
     return launched

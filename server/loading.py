@@ -16,6 +16,7 @@ from engine.backends.packing import Work, pack_apart
 from engine.cache.sizing import Needs, fit_kv_memory, kv_cache_bytes, need_room
 from engine.config import EngineConfig, memory_limit
 from engine.errors import RequestError, SeraphError, SourceError
+from engine.features import BY_NAME, Has, not_supported
 from engine.text import EncoderText, ModelText
 from engine.weights import catalog, load_packed
 from server.errors import ConflictError, ForbiddenError, ModelNotFoundError
@@ -127,11 +128,8 @@ class Loader:
         Raises ForbiddenError for a source that the operator has not allowed, ConflictError for a name that is taken,
         RequestError for what is no source.
         """
-        if self._settings.uses_vllm:
-            raise RequestError(
-                "Models are loaded while the server runs by the native engine alone; this server computes with vLLM.",
-                code="not_supported_by_engine",
-            )
+        if not isinstance(BY_NAME["runtime_models"].in_engine(self._settings.engine_name), Has):
+            raise not_supported("runtime_models", self._settings.engine_name)
         if not self._settings.allow_remote_load and source not in {entry.name for entry in catalog()}:
             aliases = ", ".join(entry.name for entry in catalog())
             raise ForbiddenError(

@@ -32,6 +32,7 @@ from engine.config import (
     has_gpu,
 )
 from engine.errors import ConfigError, FormatError, SourceError
+from engine.features import ENGINES
 from engine.logs import FORMATS, LEVELS
 from server import config_file
 from server.options import (
@@ -53,7 +54,6 @@ from server.options import (
 OTHER_NAMES = frozenset({"SERAPH_HOME"})
 """Environment names read by `engine.config`, which has no flag for them."""
 
-ENGINES = ("native", "vllm")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, VLLM_MAX_NUM_SEQS = 64, 512, 256
 NATIVE_ONLY = frozenset(
     {
@@ -320,6 +320,11 @@ class Settings:
         return self.engine == "vllm" or (self.engine == "auto" and has_gpu() and is_installed())
 
     @property
+    def engine_name(self) -> str:
+        """The one of ENGINES that computes."""
+        return "vllm" if self.uses_vllm else "native"
+
+    @property
     def max_running(self) -> int:
         """Requests that an engine computes at once."""
         return self.max_num_seqs or (VLLM_MAX_NUM_SEQS if self.uses_vllm else MAX_NUM_SEQS)
@@ -348,10 +353,10 @@ class Settings:
 
     def need_one_engine(self) -> None:
         """Raises ConfigError for a setting of the engine that is not the one that computes."""
-        ours, others = ("vllm", NATIVE_ONLY) if self.uses_vllm else ("native", VLLM_ONLY)
+        others = NATIVE_ONLY if self.uses_vllm else VLLM_ONLY
         for declared in options():
             if declared.name in others and getattr(self, declared.name) != declared.default:
-                raise ConfigError(f"{declared.flag} is not for --engine {ours}: leave it out.")
+                raise ConfigError(f"{declared.flag} is not for --engine {self.engine_name}: leave it out.")
 
     def engine_configs(self) -> list[EngineConfig]:
         """What each model's engine is told, before their memory is divided. Raises ConfigError."""

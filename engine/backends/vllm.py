@@ -32,9 +32,12 @@ from engine.errors import (
     RequestError,
     SeraphError,
 )
+from engine.features import features_of
+from engine.models.spec import EncoderSpec
 from engine.request import (
     Capabilities,
     EmbedRequest,
+    EncoderInfo,
     EngineStats,
     FinishReason,
     Request,
@@ -42,6 +45,7 @@ from engine.request import (
     TokenDelta,
     WeightsInfo,
 )
+from engine.resident import num_parameters
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -86,12 +90,14 @@ class VllmEngine:
         eos_token_ids: Sequence[int],
         home: Path | None = None,
         checkpoint_format: str = "",
+        encoder: EncoderSpec | None = None,
         supervision: VllmSupervision = VllmSupervision(),
     ) -> None:
         self._options = options
         self._eos_token_ids = tuple(eos_token_ids)
         self._logs = seraph_home(home) / "logs"
         self._checkpoint_format = checkpoint_format
+        self._encoder = encoder
         self._supervision = supervision
         self._state = State.NEW
         self._state_changed = asyncio.Event()  # replaced at each change
@@ -354,10 +360,15 @@ class VllmEngine:
         config = client.vllm_config
         model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
         tasks = set(await client.get_supported_tasks())
-        features = {"generate", "logprobs", "grammar"} if "generate" in tasks else set()
+        features = {"generate", "logprobs", "prompt_logprobs", "grammar"} if "generate" in tasks else set()
         if self._options.pooling:
             features |= {"embed"} & tasks or ({"score"} if "classify" in tasks else set())
         blocks, block_size = cache.num_gpu_blocks or 0, cache.block_size or 0
+        spec, itemsize = self._encoder, model.dtype.itemsize
+        weights = WeightsInfo(
+            nbytes=0 if spec is None else num_parameters(spec) * itemsize,
+            bits=0 if model.quantization else 8 * itemsize,
+        )
         kv_dtype = model.dtype if cache.cache_dtype == "auto" else cache.cache_dtype
         return Capabilities(
             engine="vllm",
@@ -365,16 +376,30 @@ class VllmEngine:
             model=self._options.model,
             max_model_len=model.max_model_len,
             vocab_size=model.get_vocab_size(),
-            features=frozenset(features),
+            features=features_of("vllm", features),
             num_ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
             max_position=getattr(model.hf_text_config, "max_position_embeddings", 0) or 0,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             checkpoint_format=self._checkpoint_format,
-            weights=WeightsInfo(bits=0 if model.quantization else 8 * model.dtype.itemsize),
+            num_parameters=0 if spec is None else num_parameters(spec),
+            weights=weights,
             num_kv_blocks=blocks,
             kv_cache_tokens=blocks * block_size,
             kv_cache_bytes=cache.kv_cache_memory_bytes or 0,
             kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
+            encoder=None if spec is None else self._encoder_info(spec, model.max_model_len, weights),
+        )
+
+    def _encoder_info(self, spec: EncoderSpec, max_model_len: int, weights: WeightsInfo) -> EncoderInfo:
+        return EncoderInfo(
+            model=self._options.model,
+            output_size=spec.output_size,
+            max_input_len=min(spec.max_position, max_model_len),
+            vocab_size=spec.vocab_size,
+            num_labels=spec.num_labels,
+            checkpoint_format=self._checkpoint_format,
+            num_parameters=num_parameters(spec),
+            weights=weights,
         )
 
     async def _supervise(self) -> None:

@@ -68,10 +68,10 @@ class VllmOptions:
         ):
             if value is not None:
                 words.append(f"--{name}={value}")
+        words.append("--scheduling-policy=priority")
         if not self.pooling:
             words += [
                 "--enable-prefix-caching" if self.enable_prefix_caching else "--no-enable-prefix-caching",
-                "--scheduling-policy=priority",
                 "--structured-outputs-config.backend=guidance",
             ]
         for key, given in self.arguments:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.errors import RequestError
+from engine.features import need_feature
 from engine.sampling.tool_grammar import Thinks, tool_grammar
 from engine.text.answer_parser import AnswerParser, CallBegin, Content, Event, Reasoning
 from server.generation import Answer, Piece, Stop
@@ -52,8 +53,7 @@ async def reading(service: Service, model: ServedModel, body: ChatCompletionRequ
                 param=asked[1],
             )
         form = dataclasses.replace(form, only_first=True)
-    if "grammar" not in model.engine.capabilities().features:
-        raise RequestError(f"{model.name} cannot be held to a form.", param="tools", code="unsupported_parameter")
+    need_feature(model.engine.capabilities(), "grammar", model=model.name, param="tools")
     schemas = {
         tool.function.name: (f"tools.{i}.function.parameters", tool.schema_of_arguments(f"tools.{i}"))
         for i, tool in enumerate(body.tools)

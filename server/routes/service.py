@@ -19,6 +19,7 @@ from starlette.requests import Request as HTTPRequest
 
 from engine import logs
 from engine.errors import ContextLengthError, EngineOverloadedError, RequestError
+from engine.features import need_feature
 from engine.request import Capabilities, EmbedRequest, EncoderInfo, Request, TextInput
 from engine.sampling.grammar import GrammarCompiler
 from engine.text import EncoderText
@@ -172,6 +173,8 @@ class Service:
         self, model: ServedModel, inputs: Sequence[TextInput], http: HTTPRequest, *, priority: int
     ) -> NDArray[np.float32]:
         """The vectors of texts, float32 [inputs, output size]. A caller that goes away takes its request along."""
+        if priority:
+            need_feature(model.engine.capabilities(), "priority", model=model.name, param="priority")
         request = EmbedRequest(
             request_id=answer_id("embd"),
             model=self.need_encoder(model).model,
@@ -221,8 +224,7 @@ class Service:
         if asked is None:
             return None
         form, param = asked
-        if "grammar" not in model.engine.capabilities().features:
-            raise RequestError(f"{model.name} cannot be held to a form.", param=param, code="unsupported_parameter")
+        need_feature(model.engine.capabilities(), "grammar", model=model.name, param=param)
         known = self.grammars.cached(form, param)
         if known is not None:
             return known
@@ -263,6 +265,7 @@ class Service:
         known, defaults = model.engine.capabilities(), model.generation_defaults
         usual = self.settings.default_max_tokens or int(defaults.get("max_tokens", 0)) or default_max_tokens
         seed = concrete_seed(body.seed, self.draw_seed())
+        _need_features(model, known, body)
         bad_words = model.text.bad_words(body.bad_words) if body.bad_words else ()
         choices: list[Choice] = []
         for p, whole in enumerate(prompts):
@@ -371,6 +374,18 @@ class Service:
                         frames.append(encoder.usage(generation.usage()))
                     frames.append(DONE)
                 yield b"".join(frames)
+
+
+def _need_features(model: ServedModel, known: Capabilities, body: GenerationBody) -> None:
+    """Raises RequestError for what a request asks for and its engine lacks."""
+    for name, asked in (
+        ("logprobs", body.num_logprobs is not None),
+        ("prompt_logprobs", body.num_prompt_logprobs is not None),
+        ("priority", bool(body.priority)),
+        ("cache_salt", body.cache_salt is not None),
+    ):
+        if asked:
+            need_feature(known, name, model=model.name, param=name)
 
 
 async def _disconnect(http: HTTPRequest) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineDeadError
+from engine.features import features_of
 from engine.request import (
     Capabilities,
     EmbedRequest,
@@ -70,6 +71,7 @@ class FakeEngine:
     """Plays `script` for every request and remembers what it was asked and what was aborted."""
 
     def __init__(self, script: Script | None = None, *, max_model_len: int = MAX_MODEL_LEN) -> None:
+        self.name = "fake"  # of the kind of engine
         self.script: Script = script or (lambda request: say(request, "Hello, world"))
         self.max_model_len = max_model_len
         self.requests: list[Request] = []
@@ -86,6 +88,7 @@ class FakeEngine:
         self.embedding: Callable[[EmbedRequest], NDArray[np.float32] | BaseException | asyncio.Event] = lengths
         self.embeddings: list[EmbedRequest] = []
         self.known: dict[str, str] = {}  # more of its capabilities
+        self.features = features_of("native", {"generate", "grammar", "logprobs", "prompt_logprobs"})
 
     async def start(self) -> None:
         if self.may_start is not None:
@@ -138,12 +141,12 @@ class FakeEngine:
         if not self.ready:
             raise EngineDeadError("not started")
         return Capabilities(
-            engine="fake",
+            engine=self.name,
             model="fake-model",
             max_model_len=self.max_model_len,
             vocab_size=VOCAB_SIZE,
             encoder=self.encoder,
-            features=frozenset({"generate", "grammar"}),
+            features=self.features,
             **self.known,  # type: ignore[arg-type]
         )
 

@@ -179,6 +179,15 @@ async def test_truncation_is_asked_for() -> None:
         assert [request.priority for request in engine.embeddings] == [0, 3]
 
 
+async def test_priorities_that_the_engine_lacks() -> None:
+    async with client_of() as (client, engine):
+        engine.features -= {"priority"}
+        response = await client.post("/v1/embeddings", json={"model": "e", "input": "the", "priority": 3})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "not_supported_by_engine", "priority")
+        assert engine.embeddings == []
+
+
 async def test_models_of_the_other_kinds_say_what_they_are() -> None:
     async with client_of() as (client, _):
         for path, body, said in (
