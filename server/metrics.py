@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from engine.request import EngineStats
@@ -17,6 +17,9 @@ REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 
 MAX_FIELD_NAMES = 64
 """Names of ignored fields that get a series of their own: callers choose them, so their number must be bounded."""
+
+VLLM_PREFIX = "vllm:"
+"""How the names of vLLM's metrics begin."""
 
 _ENGINE_GAUGES = {
     "num_running": "Requests being computed",
@@ -63,13 +66,25 @@ class _EngineCollector:
             yield counter
 
 
+class _VllmCollector:
+    """vLLM's own families, as they are. It keeps them in its library's registry, and makes them anew at each start."""
+
+    def __init__(self) -> None:
+        self.shown = False
+
+    def collect(self) -> Iterable[Metric]:
+        if self.shown:
+            yield from (family for family in REGISTRY.collect() if family.name.startswith(VLLM_PREFIX))
+
+
 class Metrics:
     """The server's metrics. Durations are seconds."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self._engine = _EngineCollector()
+        self._engine, self._vllm = _EngineCollector(), _VllmCollector()
         registry.register(self._engine)
+        registry.register(self._vllm)
         ProcessCollector(registry=registry)
         self.requests = Counter(
             "seraph_http_requests", "HTTP requests answered", ["method", "route", "status"], registry=registry
@@ -135,9 +150,9 @@ class Metrics:
         """What is counted of one model; from now on its counters are there, at zero."""
         return ModelMetrics(self, model)
 
-    def render(self, stats: Mapping[str, EngineStats]) -> bytes:
-        """The text exposition, with a fresh snapshot of each model's engine."""
-        self._engine.stats = stats
+    def render(self, stats: Mapping[str, EngineStats], *, vllm: bool = False) -> bytes:
+        """The text exposition, with a fresh snapshot of each model's engine; `vllm`: with vLLM's own families too."""
+        self._engine.stats, self._vllm.shown = stats, vllm
         return generate_latest(self.registry)
 
 

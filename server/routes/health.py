@@ -59,7 +59,8 @@ async def metrics(
     served = [model for model in service.models if not model.host]  # an encoder's engine is its host's
     answers = await asyncio.gather(*map(_stats, served))
     stats = {model.name: answer for model, answer in zip(served, answers, strict=True)}
-    return Response(service.metrics.render(stats), media_type=CONTENT_TYPE_LATEST)
+    vllm = any(model.known is not None and model.known.engine == "vllm" for model in served)
+    return Response(service.metrics.render(stats, vllm=vllm), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _stats(model: ServedModel) -> EngineStats:

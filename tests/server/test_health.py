@@ -6,6 +6,7 @@ import asyncio
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import EngineError, ModelError, SeraphError
@@ -128,6 +129,34 @@ async def test_metrics_tell_what_happened(client: Client) -> None:
     assert value("seraph_engine_num_blocks", model="m") == 7
     assert value("seraph_engine_steps_total", model="m") == 41
     assert "xxxx" not in text
+
+
+async def test_vllm_s_own_metrics_beside_ours() -> None:
+    """As vLLM does it: counters in the library's registry, which it makes anew whenever it starts."""
+    engine = FakeEngine()
+    own = Counter("vllm:request_success", "Of vLLM", ["model_name"])
+    foreign = Counter("other_library", "Of nobody here")
+    try:
+        own.labels("m").inc(3)
+        async with client_for(engine) as client:
+            assert "vllm:" not in (await client.get("/metrics")).text  # another engine computes
+        engine.name = "vllm"
+        async with client_for(engine) as client:
+            for value in (3.0, 5.0):
+                text = (await client.get("/metrics")).text
+                assert f'vllm:request_success_total{{model_name="m"}} {value}' in text
+                assert 'seraph_engine_num_blocks{model="m"} 7.0' in text
+                names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")]
+                assert len(names) == len(set(names))
+                assert "other_library" not in text and "python_info" not in text
+                REGISTRY.unregister(own)
+                own = Counter("vllm:request_success", "Of vLLM", ["model_name"])
+                own.labels("m").inc(5)
+            engine.ready = False  # it restarts: what there is is told
+            assert "vllm:request_success_total" in (await client.get("/metrics")).text
+    finally:
+        REGISTRY.unregister(own)
+        REGISTRY.unregister(foreign)
 
 
 async def test_two_applications_count_apart() -> None:
