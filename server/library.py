@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engine.config import FOLDER_DTYPES
 from server.parameters import completing, known_models, told
+
+if TYPE_CHECKING:
+    from engine.weights import InstalledModel
 
 
 def _removable() -> list[str]:
@@ -144,7 +147,7 @@ def _rows() -> list[dict[str, Any]]:
                 "bytes": model.nbytes,
                 "format": model.format,
                 "quantizations": sorted({one for one in model.packed.values() if one is not None}),
-                "state": "ready" if model.packed else "fetched" if model.fetched is not None else "to be packed again",
+                "state": _state(model),
                 "source": model.source,
                 "commit": model.commit,
                 "path": str(model.path),
@@ -167,6 +170,14 @@ def _rows() -> list[dict[str, Any]]:
         for origin, entry in described.items()
     ]
     return rows
+
+
+def _state(model: InstalledModel) -> str:
+    if model.packed:
+        return "ready"
+    if model.fetched is not None:
+        return "fetched"
+    return "to be packed again" if model.damaged else "converted"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ from typing import Any
 from engine.config import seraph_home
 from engine.models.spec import ModelInfo, OpaqueSpec
 from engine.weights.convert import convert
-from engine.weights.export import export_folder
+from engine.weights.export import export_folder, leftovers_beside, target_lock
+from engine.weights.files import lock
 from engine.weights.folder import CONFIG, FolderCheckpoint
 from engine.weights.progress import NoProgress, Progress
 from engine.weights.source import Source, entry_of, locate, parse
-from engine.weights.store import packed_stem
+from engine.weights.store import packed_stem, split_packed_name
 from engine.weights.strict_json import read_object
+
+CONVERTED = "converted"
+"""The folder under the cache folder that conversions go to."""
 
 _ENCODERS = ("Model", "ForMaskedLM", "ForSequenceClassification")
 """How the names of architectures end that make vectors, not text."""
@@ -53,8 +59,32 @@ def describe_model(source: str, *, home: Path | None = None, progress: Progress 
     return DescribedModel(parsed.name, path, info, nbytes)
 
 
+def converted(home: Path) -> Iterator[tuple[str, str, Path]]:
+    """The folders that GGUF models were converted to: of each its stem, as of packed files, its model and itself."""
+    for path in sorted((home / CONVERTED).glob("*")):
+        parts = split_packed_name(f"{path.name}.seraph")
+        if parts is not None and parts[0] == path.name and path.is_dir():
+            yield path.name, parts[1], path
+
+
+def forget_converted(stem: str, home: Path) -> int:
+    """Remove the folder of that stem, and what killed conversions left of it; returns the bytes freed."""
+    folder, freed = (home / CONVERTED / stem).resolve(), 0
+    with lock(target_lock(folder, home), f"removing {folder}"):
+        for path in (folder, *leftovers_beside(folder)):
+            if path.is_dir():
+                freed += folder_bytes(path)
+                shutil.rmtree(path)
+    return freed
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of the files in a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _converted(parsed: Source, source: str, home: Path, progress: Progress) -> Path:
-    folder = home / "converted" / packed_stem(parsed.name, parsed.origin)
+    folder = home / CONVERTED / packed_stem(parsed.name, parsed.origin)
     return folder if folder.exists() else export_folder(source, folder, home=home, progress=progress)
 
 

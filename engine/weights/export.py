@@ -102,7 +102,7 @@ def export_folder(
         nbytes = _DTYPES[dtype].nbytes * sum(tensor.size for tensor in tensors)
         purpose = f"converting {parsed.name}"
         with (
-            lock(root / "packed" / f"{packed_stem(target.name, str(target))}.lock", f"writing {target}"),
+            lock(target_lock(target, root), f"writing {target}"),
             _beside(target, force, nbytes + sum(map(len, texts.values())), purpose, free) as temporary,
         ):
             for name, text in texts.items():
@@ -114,6 +114,19 @@ def export_folder(
             finally:
                 progress.done()
     return target
+
+
+def target_lock(target: Path, home: Path) -> Path:
+    """The lock that whoever writes or removes the folder `target`, a resolved path, holds."""
+    return home / "packed" / f"{packed_stem(target.name, str(target))}.lock"
+
+
+def leftovers_beside(target: Path) -> list[Path]:
+    """What killed conversions left of the folder `target`, for the holder of its lock."""
+    leftover = re.compile(rf"{re.escape(target.name)}\.\d+(\.old)?\.tmp")
+    if not target.parent.is_dir():
+        return []
+    return [path for path in target.parent.iterdir() if leftover.fullmatch(path.name)]
 
 
 def _need_place(target: Path, force: bool) -> None:
@@ -147,14 +160,12 @@ def _beside(target: Path, force: bool, num_bytes: int, purpose: str, free: Calla
     it. The caller holds the target's lock."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     replaced = target.with_name(f"{target.name}.{os.getpid()}.old.tmp")
-    leftover = re.compile(rf"{re.escape(target.name)}\.\d+(\.old)?\.tmp")
     _need_place(target, force)  # again: somebody else may have held the lock
     with writing(target.parent, num_bytes, purpose):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Whoever wrote these was killed: the lock that we hold was theirs.
-        for path in target.parent.iterdir():
-            if leftover.fullmatch(path.name):
-                shutil.rmtree(path)
+        for path in leftovers_beside(target):
+            shutil.rmtree(path)
         need_space(target.parent, num_bytes, purpose, free=free)
         try:
             temporary.mkdir()

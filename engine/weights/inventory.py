@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.config import seraph_home
 from engine.errors import FormatError, SourceError
 from engine.models.spec import DecoderSpec
-from engine.weights import hub, pypi, store
+from engine.weights import described, hub, pypi, store
 from engine.weights.files import lock, writing
 from engine.weights.pack import open_packed
 from engine.weights.source import FileSource, HubSource, WheelSource, entry_of, parse
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class InstalledModel:
-    """One source's files in the cache folder: packed ones, and what was fetched to pack them."""
+    """One source's files in the cache folder: packed ones, what was fetched to pack them, what vLLM is given."""
 
     name: str  # its id in the API
     source: str = ""  # what to load it by; empty where only a damaged or outdated packed file is left
@@ -29,6 +29,7 @@ class InstalledModel:
     packed: dict[Path, str | None] = field(default_factory=dict)  # files that a start maps -> quantization
     damaged: list[Path] = field(default_factory=list)  # packed files that will be made anew when they are wanted
     fetched: Path | None = None  # a .gguf file or a folder
+    converted: Path | None = None  # the folder that vLLM is given of a .gguf file
     commit: str = ""  # of the repository
     nbytes: int = 0  # of everything that removing it frees
     kind: str = ""  # as `CatalogEntry.kind`; empty where it is not packed and the catalogue does not say
@@ -39,8 +40,9 @@ class InstalledModel:
         for paths in (self.packed, self.damaged):
             if paths:
                 return next(iter(paths))
-        assert self.fetched is not None
-        return self.fetched
+        found = self.fetched or self.converted
+        assert found is not None
+        return found
 
 
 def installed(home: Path | None = None) -> list[InstalledModel]:
@@ -107,6 +109,12 @@ def _by_stem(root: Path) -> dict[str, InstalledModel]:
         model.nbytes += nbytes
         if (entry := entry_of(source)) is not None:
             model.kind = entry.kind
+    for stem, name, folder in described.converted(root):
+        model = found.setdefault(stem, InstalledModel(name))
+        model.converted = folder
+        model.format = model.format or "safetensors"
+        model.kind = model.kind or "decoder"
+        model.nbytes += described.folder_bytes(folder)
     return found
 
 
@@ -143,7 +151,7 @@ def _find(wanted: str, models: dict[str, InstalledModel], root: Path) -> str:
 
 
 def _spellings(model: InstalledModel) -> set[str]:
-    paths = [*model.packed, *model.damaged, *([model.fetched] if model.fetched is not None else [])]
+    paths = [*model.packed, *model.damaged, *filter(None, (model.fetched, model.converted))]
     return {model.name, *map(str, paths)} | ({model.source} if model.source else set())
 
 
@@ -166,6 +174,7 @@ def _remove(stem: str, model: InstalledModel, root: Path) -> tuple[str, int]:
             if parts is not None and parts[0] == stem:
                 freed += path.stat().st_size
                 path.unlink(missing_ok=True)
+        freed += described.forget_converted(stem, root)
         if model.source.startswith(("pypi:", "hf:")):
             match parse(model.source):
                 case WheelSource() as wheel:

@@ -83,7 +83,9 @@ def _space(folder: Path, nbytes: int) -> Finding:
 def _installed(model: InstalledModel, root: Path, deep: bool) -> Iterator[Finding]:
     for path in [*model.packed, *model.damaged]:
         yield _packed(model.name, check_packed(path, root, deep=deep))
-    if not model.packed and not model.damaged:
+    if not model.packed and not model.damaged and model.fetched is None:
+        yield ok(model.name, f"converted for vLLM: {model.converted}")
+    elif not model.packed and not model.damaged:
         yield ok(model.name, f"{model.format}, fetched and not packed yet: the first start packs it")
 
 

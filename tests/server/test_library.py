@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from engine.config import DEFAULT_MODEL
 from engine.weights import catalog
+from engine.weights.described import describe_model
 from server.cli import app
 from server.doctor.models import examine, examine_cache
 from tests.engine.weights.wheels import client_settings, write_wheel
@@ -79,6 +80,16 @@ def test_pull_list_remove(home: Path, checkpoint: str) -> None:
     assert (removed.exit_code, removed.stdout.split()[:3]) == (0, ["tiny", "is", "removed:"])
     assert list(listed(home)) == [entry.name for entry in catalog()]
     assert Path(checkpoint).exists()
+
+
+def test_a_model_that_vllm_was_given(home: Path, checkpoint: str) -> None:
+    folder = describe_model(checkpoint, home=home).folder
+    row = listed(home)["tiny"]
+    assert (row["state"], row["kind"], row["path"]) == ("converted", "decoder", str(folder))
+    assert row["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert [finding.detail for finding in examine(home=home)] == [f"converted for vLLM: {folder}"]
+    assert seraph(home, "rm", "tiny").exit_code == 0
+    assert not folder.exists()
 
 
 def test_convert(home: Path, checkpoint: str, tmp_path: Path) -> None:

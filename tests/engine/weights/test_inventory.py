@@ -12,6 +12,7 @@ from engine.config import DEFAULT_MODEL
 from engine.errors import SourceError
 from engine.weights import installed, known, load_model, pypi_folder, remove, sweep, unfinished
 from engine.weights.catalog import catalog
+from engine.weights.described import describe_model
 from engine.weights.files import lock
 from engine.weights.hub_client import HubClient
 from engine.weights.inventory import InstalledModel
@@ -208,6 +209,43 @@ def test_repositories(home: Path, remote: Hub, tmp_path: Path) -> None:
     freed = dict(remove(["a", "b"], home))
     assert freed["a"] >= model.nbytes + len(data)
     assert files(home) == set()
+
+
+def test_folders_that_were_converted_for_vllm(home: Path, tmp_path: Path) -> None:
+    checkpoint = TinyLlama().write(tmp_path / "mine.gguf")
+    folder = describe_model(str(checkpoint), home=home).folder
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert installed(home) == [
+        InstalledModel("mine", format="safetensors", converted=folder, nbytes=size, kind="decoder")
+    ]
+    packed = load_model(str(checkpoint), home=home)  # for our own engine
+    packed.close()
+    (model,) = installed(home)
+    assert (model.source, model.format, model.converted, model.path) == (
+        str(checkpoint),
+        "Q4_1 GGUF",
+        folder,
+        packed.path,
+    )
+    assert model.nbytes == size + packed.nbytes
+    killed = folder.with_name(f"{folder.name}.7.tmp")
+    killed.mkdir()
+    (killed / "config.json").write_bytes(b"{}")
+    other = folder.with_name("of-somebody-else")
+    other.mkdir()
+    assert len(installed(home)) == 1
+    assert remove(["mine"], home) == [("mine", size + packed.nbytes + 2)]
+    assert (installed(home), list(folder.parent.iterdir())) == ([], [other])
+    assert checkpoint.exists()
+
+
+@pytest.mark.parametrize("by", ["name", "folder", "source"])
+def test_a_converted_folder_alone_can_be_removed(home: Path, tmp_path: Path, by: str) -> None:
+    checkpoint = TinyLlama().write(tmp_path / "mine.gguf")
+    folder = describe_model(str(checkpoint), home=home).folder
+    wanted = {"name": "mine", "folder": str(folder), "source": str(checkpoint)}[by]
+    assert [name for name, freed in remove([wanted], home) if freed] == ["mine"]
+    assert not folder.exists()
 
 
 def test_what_others_are_writing_stays(home: Path) -> None:
