@@ -20,6 +20,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from server.settings import resolve
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("runtime", "build", "test", "load", "bench")
 CLIENT_LOCKS = ("clients/langchain", "clients/litellm", "clients/instructor")
@@ -222,9 +224,26 @@ def dockerfile_stages() -> list[list[tuple[str, str]]]:
     return stages
 
 
-def final_stage(instruction: str) -> str:
-    (arguments,) = (arguments for name, arguments in dockerfile_stages()[-1] if name == instruction)
+def stage_named(name: str) -> list[tuple[str, str]]:
+    """The instructions of the stage that `docker build --target NAME` builds; the last one without a name."""
+    stages = dockerfile_stages()
+    if not name:
+        return stages[-1]
+    (found,) = (stage for stage in stages if stage[0][1].endswith(f" AS {name}"))
+    return found
+
+
+def only(instruction: str, target: str = "") -> str:
+    """The arguments of the one such instruction of a target."""
+    (arguments,) = (arguments for name, arguments in stage_named(target) if name == instruction)
     return arguments
+
+
+def environment_of(target: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in shlex.split(only("ENV", target)))
+
+
+TARGETS = ("", "gpu")
 
 
 def test_the_container_is_built_in_stages_and_ships_no_compiler() -> None:
@@ -235,16 +254,41 @@ def test_the_container_is_built_in_stages_and_ships_no_compiler() -> None:
     assert any(name == "COPY" and "--from=build" in arguments for name, arguments in stages[-1])
 
 
-def test_the_container_runs_as_nobody_special() -> None:
-    user, _, group = final_stage("USER").partition(":")
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_container_runs_as_nobody_special(target: str) -> None:
+    user, _, group = [arguments for name, arguments in stage_named(target) if name == "USER"][-1].partition(":")
     assert user.isdigit() and group.isdigit() and int(user) > 0 and int(group) > 0  # numeric: Kubernetes can verify it
 
 
-def test_the_container_serves_and_keeps_its_models() -> None:
-    assert final_stage("EXPOSE") == "8000"
-    assert json.loads(final_stage("ENTRYPOINT")) == ["seraph", "serve", "--host", "0.0.0.0"]
-    environment = dict(pair.split("=", 1) for pair in shlex.split(final_stage("ENV")))
-    assert environment["SERAPH_HOME"] == final_stage("VOLUME")
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_container_serves_and_keeps_its_models(target: str) -> None:
+    assert only("EXPOSE", target) == "8000"
+    assert json.loads(only("ENTRYPOINT", target)) == ["seraph", "serve", "--host", "0.0.0.0"]
+    assert only("STOPSIGNAL", target) == "SIGTERM"
+    assert environment_of(target)["SERAPH_HOME"] == only("VOLUME", target) == only("WORKDIR", target)
+
+
+def test_the_container_of_no_target_needs_no_vllm() -> None:
+    assert stage_named("")[0][1].startswith("python:") and " AS " not in stage_named("")[0][1]
+    assert "SERAPH_ENGINE" not in environment_of("")
+
+
+def test_the_container_for_gpus_computes_with_vllm() -> None:
+    """On vLLM's own image, whose packages stay, with a wheel that was built for the Python in it."""
+    text = (ROOT / "Dockerfile").read_text()
+    (image,) = re.findall(r"^ARG VLLM_IMAGE=(\S+)$", text, re.MULTILINE)
+    name, _, tag = image.partition(":")
+    assert name == "vllm/vllm-openai" and re.fullmatch(r"v\d+\.\d+\.\d+", tag), "a release, and no moving tag"
+    (declared,) = map(Requirement, PYPROJECT["project"]["optional-dependencies"]["vllm"])
+    assert declared.specifier.contains(tag.removeprefix("v"))
+    for stage in ("gpu-build", "gpu"):
+        assert stage_named(stage)[0] == ("FROM", f"${{VLLM_IMAGE}} AS {stage}")
+    assert environment_of("gpu")["SERAPH_ENGINE"] == "vllm"
+    assert resolve({}, environment_of("gpu")).uses_vllm
+    assert environment_of("gpu")["HOME"] == only("VOLUME", "gpu")  # where vLLM may write
+    installs = [arguments for name, arguments in stage_named("gpu") if name == "RUN" and "pip install" in arguments]
+    assert len(installs) == 1 and "from=gpu-build" in installs[0] and "--constraint /tmp/vllm.txt" in installs[0]
+    assert not any("apt-get" in arguments for _, arguments in stage_named("gpu"))
 
 
 def test_the_container_context_holds_what_a_wheel_needs() -> None:
@@ -255,8 +299,9 @@ def test_the_container_context_holds_what_a_wheel_needs() -> None:
     assert all((ROOT / name).exists() for name in needed)
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
-def test_the_container_health_check_asks_the_server(status: int, healthy: bool) -> None:
+def test_the_container_health_check_asks_the_server(status: int, healthy: bool, target: str) -> None:
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -271,7 +316,7 @@ def test_the_container_health_check_asks_the_server(status: int, healthy: bool) 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        check = final_stage("HEALTHCHECK").partition("CMD ")[2].replace("8000", str(server.server_port))
+        check = only("HEALTHCHECK", target).partition("CMD ")[2].replace("8000", str(server.server_port))
         _, *arguments = json.loads(check)
         code = subprocess.run([sys.executable, *arguments], timeout=30).returncode
         server.shutdown()
