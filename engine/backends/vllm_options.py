@@ -58,6 +58,7 @@ class VllmOptions:
     def command_line(self) -> list[str]:
         """As vLLM's own server would be given them. Raises ConfigError for an argument that is ours to give."""
         words = [f"--model={self.folder}", f"--runner={'pooling' if self.pooling else 'generate'}"]
+        words.append(f"--served-model-name={self.model}")  # of its metrics
         for name, value in (
             ("max-model-len", self.max_model_len),
             ("max-num-seqs", self.max_num_seqs),
