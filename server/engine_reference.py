@@ -33,6 +33,7 @@ NAMES = {"native": "native", "vllm": "vLLM"}
 
 DIFFERENCES = {
     "model": ("GGUF files and Hugging Face folders", "folders; GGUF files are converted once"),
+    "quantization": ("none, int8 or int4", "none; others are vLLM's own, as `--vllm-arg quantization=fp8`"),
     "max_model_len": (
         "by itself the model's own, or what the KV cache holds if that is less",
         "by itself the model's own; where the KV memory does not hold that, the start fails",

@@ -58,7 +58,6 @@ MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, VLLM_MAX_NUM_SEQS = 64, 512, 256
 NATIVE_ONLY = frozenset(
     {
         "embedding_model",
-        "quantization",
         "kv_cache_tokens",
         "kv_cache_dtype",
         "speculation",
@@ -354,6 +353,11 @@ class Settings:
     def need_one_engine(self) -> None:
         """Raises ConfigError for a setting of the engine that is not the one that computes."""
         others = NATIVE_ONLY if self.uses_vllm else VLLM_ONLY
+        if self.uses_vllm and self.quantization not in ("auto", "none"):
+            raise ConfigError(
+                f"--quantization {self.quantization} is not for --engine vllm, which packs no float weights itself: serve "
+                "a quantized checkpoint, or name one of vLLM's own ways, as --vllm-arg quantization=fp8."
+            )
         for declared in options():
             if declared.name in others and getattr(self, declared.name) != declared.default:
                 raise ConfigError(f"{declared.flag} is not for --engine {self.engine_name}: leave it out.")

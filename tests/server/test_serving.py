@@ -120,7 +120,6 @@ def test_an_encoder_s_block_says_what_it_makes() -> None:
 def test_an_engine_that_says_little_leaves_rows_out() -> None:
     assert set(rows(Capabilities(engine="x", model="m", max_model_len=10, vocab_size=9, kv_cache_tokens=20))) == {
         "model",
-        "kernels",
         "context",
         "KV cache",
         "door",

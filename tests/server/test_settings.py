@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from engine.backends.vllm_options import VllmOptions
 from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.errors import ConfigError
 from server.cli import app
@@ -43,6 +44,8 @@ def test_switches(text: str, value: bool) -> None:
 VALUES: dict[str, tuple[str, str]] = {
     "model": ("x.gguf", " "),
     "embedding_model": ("c.gguf", " "),
+    "engine": ("native", "tpu"),
+    "vllm_arg": ("enforce-eager=true", " "),
     "quantization": ("int8", "int2"),
     "served_model_name": ("a", " "),
     "chat_template": (__file__, "/no/such/file"),
@@ -69,6 +72,7 @@ VALUES: dict[str, tuple[str, str]] = {
     "huge_pages": ("off", "maybe"),
     "threads": ("2", "many"),
     "tensor_parallel_size": ("2", "0"),
+    "pipeline_parallel_size": ("2", "0"),
     "stall_timeout": ("2.5", "0"),
     "isa": ("avx2", "sse"),
     "max_body_bytes": ("4096", "1"),
@@ -185,6 +189,62 @@ def test_the_engine_is_told_every_setting_it_has() -> None:
     default = EngineConfig()
     same = {f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)}
     assert same == {"home", "embedding_model", "kv_cache_tokens"}  # the last is another way to say kv_cache_memory
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"engine": "native", "vllm_arg": ["a=b"]},
+        {"engine": "native", "pipeline_parallel_size": "2"},
+        {"engine": "vllm", "threads": "2"},
+        {"engine": "vllm", "isa": "avx2"},
+        {"engine": "vllm", "embedding_model": "x.gguf"},
+        {"engine": "vllm", "quantization": "int8"},
+    ],
+    ids=lambda flags: "-".join(flags),
+)
+def test_settings_of_the_other_engine_are_refused(flags: dict[str, Any]) -> None:
+    *_, name = flags
+    with pytest.raises(ConfigError, match="--" + name.replace("_", "-") + r".* is not for --engine " + flags["engine"]):
+        resolve(flags, {}).need_one_engine()
+
+
+def test_vllm_is_told_what_both_engines_have() -> None:
+    settings = resolve(
+        {
+            "engine": "vllm",
+            "max_model_len": "100",
+            "max_num_seqs": "3",
+            "max_num_batched_tokens": "9",
+            "tensor_parallel_size": "2",
+            "pipeline_parallel_size": "4",
+            "prefix_caching": False,
+            "quantization": "none",
+            "vllm_arg": ["dtype=float32", "enforce-eager=true"],
+        },
+        {},
+    )
+    settings.need_one_engine()
+    assert settings.vllm_options(Path("/m"), "m", pooling=False, kv_cache_bytes=7) == VllmOptions(
+        folder=Path("/m"),
+        model="m",
+        max_model_len=100,
+        max_num_seqs=3,
+        max_num_batched_tokens=9,
+        tensor_parallel_size=2,
+        pipeline_parallel_size=4,
+        kv_cache_bytes=7,
+        enable_prefix_caching=False,
+        arguments=(("dtype", "float32"), ("enforce-eager", "true")),
+    )
+    with pytest.raises(ConfigError, match="KEY=VALUE, got 'dtype'"):
+        resolve({"vllm_arg": ["dtype"]}, {}).vllm_options(Path("/m"), "m", pooling=False, kv_cache_bytes=None)
+
+
+def test_an_engine_computes_so_many_requests_at_once() -> None:
+    assert resolve({"engine": "native"}, {}).max_running == 64 == resolve({}, {}).engine_config("x").max_num_seqs
+    assert resolve({"engine": "vllm"}, {}).max_running == 256
+    assert resolve({"engine": "vllm", "max_num_seqs": "3"}, {}).max_running == 3
 
 
 def test_every_setting_is_declared_once_and_in_full() -> None:
