@@ -29,7 +29,7 @@ _ADDRESS = re.compile(r"^  listening +(http://\S+)$")
 
 
 SERVE = (sys.executable, "-m", "server.cli", "serve")
-VLLM_START = 300.0
+VLLM_START = 400.0
 """Seconds; on two cores, with others at work, it takes one or two minutes."""
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ logger = logging.getLogger("seraph.engine")
 
 POLL = 0.1
 """Seconds between two looks at whether vLLM is alive, and at its log while it starts."""
+
+_STARTS = threading.Lock()
+"""One start at a time: what vLLM is told by the environment, and keeps in its modules, is of the whole process."""
 
 MAX_DEATHS = 3
 """Deaths of the engine that a request may live through: it may be what kills it."""
@@ -347,14 +351,15 @@ class VllmEngine:
         return client
 
     def _create_blocking(self, journal: Journal) -> AsyncLLM:
-        prepare_vllm(log=journal.path, log_config=journal.config_path)
-        try:
-            from vllm.v1.engine.async_llm import AsyncLLM
-        except Exception as error:
-            raise EngineError(f"vLLM cannot be imported: {reason_of(error)}") from error
-        return AsyncLLM.from_vllm_config(
-            engine_config(self._options), stat_loggers=[logger_class(self._counters)], enable_log_requests=False
-        )
+        with _STARTS:
+            prepare_vllm(log=journal.path, log_config=journal.config_path)
+            try:
+                from vllm.v1.engine.async_llm import AsyncLLM
+            except Exception as error:
+                raise EngineError(f"vLLM cannot be imported: {reason_of(error)}") from error
+            return AsyncLLM.from_vllm_config(
+                engine_config(self._options), stat_loggers=[logger_class(self._counters)], enable_log_requests=False
+            )
 
     async def _describe(self, client: AsyncLLM) -> Capabilities:
         config = client.vllm_config
