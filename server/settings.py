@@ -355,8 +355,8 @@ class Settings:
         others = NATIVE_ONLY if self.uses_vllm else VLLM_ONLY
         if self.uses_vllm and self.quantization not in ("auto", "none"):
             raise ConfigError(
-                f"--quantization {self.quantization} is not for --engine vllm, which packs no float weights itself: serve "
-                "a quantized checkpoint, or name one of vLLM's own ways, as --vllm-arg quantization=fp8."
+                f"--quantization {self.quantization} is not for --engine vllm, which packs no float weights itself: "
+                "serve a quantized checkpoint, or name one of vLLM's own ways, as --vllm-arg quantization=fp8."
             )
         for declared in options():
             if declared.name in others and getattr(self, declared.name) != declared.default:
