@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,14 +142,25 @@ def free_port() -> int:
 def resident_mb(session: int, proc: Path = Path("/proc")) -> float:
     """Memory of all processes of a session in 10**6 bytes; pages that several of them share are counted once (PSS)."""
     total = 0
-    for pid in _members(session, proc):
+    for pid in members(session, proc):
         with contextlib.suppress(OSError):  # it ended meanwhile
             lines = (proc / str(pid) / "smaps_rollup").read_text().splitlines()
             total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total * 1024 / 1e6
 
 
-def _members(session: int, proc: Path = Path("/proc")) -> Iterator[int]:
+def cpu_seconds(pids: Iterable[int], proc: Path = Path("/proc")) -> float:
+    """CPU time that processes have used so far, without those that they started; of one that has ended, none."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            # After the name in parentheses, user and system time are the 12th and 13th field.
+            fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def members(session: int, proc: Path = Path("/proc")) -> Iterator[int]:
     """Processes of a session that run: those that have ended and wait for their parent do not."""
     for folder in proc.iterdir():
         if folder.name.isdigit():
@@ -162,7 +173,7 @@ def _members(session: int, proc: Path = Path("/proc")) -> Iterator[int]:
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:
     """To all processes of the session, also those that have made a group of their own."""
-    for pid in _members(process.pid):
+    for pid in members(process.pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
@@ -174,7 +185,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
             process.wait(STOP_SECONDS)
     # Also what a process that ended by itself left behind. Whoever comes next finds the machine without them.
     deadline = time.monotonic() + STOP_SECONDS
-    while any(_members(process.pid)) and time.monotonic() < deadline:
+    while any(members(process.pid)) and time.monotonic() < deadline:
         _signal(process, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     process.wait()

@@ -8,14 +8,14 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 
 from loadtests import throughput
 from loadtests.peers.plan import Task, first_seed, num_requests
-from loadtests.peers.processes import Child, SystemFailure, free_port, resident_mb, running
+from loadtests.peers.processes import Child, SystemFailure, cpu_seconds, free_port, members, resident_mb, running
 from loadtests.peers.systems import Figures
 
 MODEL = "smollm2-135m-instruct"
@@ -48,6 +48,36 @@ def measure(server: Server, tasks: Sequence[Task]) -> dict[str, Figures]:
                     figures[task.name] = asyncio.run(_tokens(url, task))
         except* (httpx.HTTPError, OSError, ValueError) as group:
             raise child.failure(f"{group.exceptions[0]!r}") from None
+    return figures
+
+
+def measure_in_turn(servers: Mapping[str, Server], task: Task) -> Mapping[str, Figures]:
+    """Start all `servers`, which stay alive together, and have one after the other serve each concurrency of a `serve`
+    task: in their order, at every second concurrency in the reverse one. Raises SystemFailure."""
+    figures: dict[str, dict[str, float]] = {name: {} for name in servers}
+    order = list(servers)
+    with contextlib.ExitStack() as stack:
+        alive: dict[str, tuple[Child, str]] = {}
+        for name, server in servers.items():
+            child, url, figures[name]["start_seconds"] = stack.enter_context(started(server, task.seconds))
+            alive[name] = child, url
+
+        def ask(name: str, task: Task) -> Figures:
+            child, url = alive[name]
+            idle = [pid for other, (one, _) in alive.items() if other != name for pid in members(one.process.pid)]
+            try:
+                return _chats_and_cpu(url, task, child.process.pid, idle)
+            except* (httpx.HTTPError, OSError, ValueError) as group:
+                raise child.failure(f"{group.exceptions[0]!r}") from None
+
+        for name in order:  # what a server imports or allocates at its first load is not counted
+            ask(name, task.trial())
+        for streams in task.concurrency:
+            for name in order:
+                figures[name] |= ask(name, replace(task, concurrency=(streams,)))
+            order.reverse()
+        for name, (child, _) in alive.items():
+            figures[name]["memory_mb"] = resident_mb(child.process.pid)
     return figures
 
 
@@ -92,6 +122,26 @@ def _chats(url: str, task: Task) -> Figures:
         figures[f"tpot@{streams}"] = one.tpot_median
         figures[f"prompt_tokens@{streams}"] = one.prompt_tokens / one.requests
     return figures
+
+
+def _chats_and_cpu(url: str, task: Task, asked: int, idle: Sequence[int]) -> Figures:
+    """Of a `serve` task at one concurrency, beside the usual figures: CPU seconds by token of the process `asked`, not
+    of those that it started, and how many CPUs the client and the processes `idle` kept busy."""
+    (streams,) = task.concurrency
+
+    def now() -> tuple[float, float, float, float]:
+        return time.perf_counter(), cpu_seconds([asked]), time.process_time(), cpu_seconds(idle)
+
+    begin = now()
+    chats = _chats(url, task)
+    seconds, *cpu = (after - before for before, after in zip(begin, now(), strict=True))
+    tokens = num_requests(streams) * task.tokens
+    return {
+        **chats,
+        f"cpu_seconds@{streams}": cpu[0] / tokens,
+        f"client_cpus@{streams}": cpu[1] / seconds,
+        f"idle_cpus@{streams}": cpu[2] / seconds,
+    }
 
 
 async def _tokens(url: str, task: Task) -> Figures:

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from loadtests.peers.processes import SystemFailure, free_port, output_of, resident_mb, running, tail
+from loadtests.peers.processes import (
+    SystemFailure,
+    cpu_seconds,
+    free_port,
+    members,
+    output_of,
+    resident_mb,
+    running,
+    tail,
+)
 
 FOREVER = "import threading; threading.Event().wait()"
 # A child that ignores SIGTERM, and a grandchild; both say that they live.
@@ -82,6 +92,18 @@ def test_memory_counts_a_session_and_nothing_else(tmp_path: Path) -> None:
         )
     (tmp_path / "self").mkdir()
     assert resident_mb(7, tmp_path) == pytest.approx(1500 * 1024 / 1e6)
+
+
+def test_cpu_time_is_that_of_the_processes_alone(tmp_path: Path) -> None:
+    for pid, user, system in ((7, 300, 50), (8, 40, 10)):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "stat").write_text(
+            f"{pid} (a (b) c) S 1 {pid} 7 0 -1 4194304 1 2 3 4 {user} {system} 999 999 20 0"
+        )
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert cpu_seconds([7], tmp_path) == 350 / ticks
+    assert cpu_seconds(members(7, tmp_path), tmp_path) == 400 / ticks
+    assert cpu_seconds([9], tmp_path) == 0
 
 
 def test_a_free_port() -> None:

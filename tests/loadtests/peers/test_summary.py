@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from loadtests.peers import summary
@@ -38,3 +40,21 @@ def test_values_of_one_pair_or_of_all() -> None:
     assert len(summary.values(found, OURS, "decode-1", "tokens_per_second")) == 9
     assert summary.values(found, OURS, "decode-1", "tokens_per_second", pair="vllm") == [300.0, 200.0, 400.0]
     assert summary.per_setting(found, OURS, "decode-1") == "default"
+
+
+def test_an_interval_of_ratios() -> None:
+    assert summary.interval([]) is None and summary.interval([1.0]) is None
+    same = summary.interval([0.5] * 40)
+    assert same is not None and same.count == 40
+    assert (same.mean, same.low, same.high) == pytest.approx((0.5, 0.5, 0.5))
+    # Logarithms -0.1, 0, 0.1: a deviation of 0.1, and 4.303 for two degrees of freedom.
+    found = summary.interval([math.exp(-0.1), 1.0, math.exp(0.1)])
+    assert found is not None and found.mean == pytest.approx(1.0)
+    assert math.log(found.high) == pytest.approx(4.303 * 0.1 / math.sqrt(3)) == pytest.approx(-math.log(found.low))
+
+
+def test_an_interval_does_not_depend_on_who_is_divided_by_whom() -> None:
+    ratios = [0.9, 1.1, 1.3, 1.0]
+    one, other = summary.interval(ratios), summary.interval([1 / ratio for ratio in ratios])
+    assert one is not None and other is not None
+    assert (one.mean, one.low, one.high) == pytest.approx((1 / other.mean, 1 / other.high, 1 / other.low))
