@@ -92,6 +92,10 @@ bench: $(STAMPS)/seraph $(STAMPS)/bench ## measure kernels, sampler and engine b
 bench-peers: $(STAMPS)/seraph $(STAMPS)/bench ## measure beside vLLM, OpenVINO and llama.cpp; write docs/performance.md (hours)
 	@$(PY) -m loadtests.peers run $(ARGS)
 
+.PHONY: bench-vllm
+bench-vllm: $(VLLM)/seraph ## measure over vLLM beside its own server; write that part of docs/performance.md (an hour)
+	@$(PY) -m loadtests.peers beside-vllm --env $(VLLM) $(ARGS)
+
 .PHONY: load
 load: $(STAMPS)/seraph $(STAMPS)/load ## 30 seconds of load against a server of its own
 	@$(PY) -m loadtests.run $(ARGS)
