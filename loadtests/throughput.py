@@ -1,7 +1,8 @@
 """A closed loop of streamed chats against any OpenAI-compatible server: `python -m loadtests.throughput --help`.
 
 Each of N streams sends its next request when its last one has ended, until all requests are done. Prompts are the same
-from run to run, different from one another, and about 100 tokens long; answers have exactly `--tokens` tokens.
+from run to run, different from one another, and about 100 tokens long; answers have exactly `--tokens` tokens, or, with
+`--spread`, lengths around that which are the same from run to run as well.
 """
 
 from __future__ import annotations
@@ -167,14 +168,25 @@ async def one(url: str, model: str, seed: int, tokens: int) -> Stream:
     return Stream(answer.first, end, produced, int(usage["prompt_tokens"]), int(cached))
 
 
-async def run(url: str, model: str, concurrency: int, requests: int, tokens: int, first_seed: int) -> Figures:
+def length(seed: int, tokens: int, spread: float) -> int:
+    """Tokens of an answer: between `tokens` times 1 - `spread` and times 1 + `spread`.
+
+    With answers of one length all streams ask at the same moment again and again, and the time to the first token is
+    that of a crowd. With others they ask one by one, as callers do.
+    """
+    return round(tokens * random.Random(f"length {seed}").uniform(1 - spread, 1 + spread))
+
+
+async def run(
+    url: str, model: str, concurrency: int, requests: int, tokens: int, first_seed: int, spread: float = 0.0
+) -> Figures:
     """Run the closed loop once."""
     seeds = iter(range(first_seed, first_seed + requests))
     streams: list[Stream] = []
 
     async def worker() -> None:
         # `seeds` is one iterator for all workers: each takes the next prompt when its last answer has ended.
-        streams.extend([await one(url, model, seed, tokens) for seed in seeds])
+        streams.extend([await one(url, model, seed, length(seed, tokens, spread)) for seed in seeds])
 
     start = time.perf_counter()
     async with asyncio.TaskGroup() as group:
@@ -202,13 +214,16 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--requests", type=int, help="default: twice the concurrency, at least 3")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each request")
+    parser.add_argument(
+        "--spread", type=float, default=0.0, help="of answers' lengths, as 0.5: 0.5 to 1.5 times as long"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; another one avoids a prefix cache")
     args = parser.parse_args()
     seed = args.seed
     for concurrency in args.concurrency:
         requests = args.requests or max(3, 2 * concurrency)
         try:
-            figures = asyncio.run(run(args.url, args.model, concurrency, requests, args.tokens, seed))
+            figures = asyncio.run(run(args.url, args.model, concurrency, requests, args.tokens, seed, args.spread))
         except* (OSError, ValueError) as group:
             parser.exit(1, f"{args.url}: {group.exceptions[0]!r}\n")
         seed += requests

@@ -37,7 +37,7 @@ PAGE = ROOT / "docs" / "performance.md"
 CONCURRENCY, QUICK_CONCURRENCY = (1, 4, 16, 32, 64), (1, 32)
 CONTEXTS, QUICK_CONTEXTS = (128, 1024, 4096, 8064), (128, 4096)
 """The longest leaves the 8k context of the model room for what is decoded."""
-ROUNDS, WHOLE_ROUNDS, QUICK_ROUNDS, BESIDE_ROUNDS = 7, 3, 2, 12
+ROUNDS, WHOLE_ROUNDS, QUICK_ROUNDS, BESIDE_ROUNDS = 7, 3, 2, 10
 VLLM_ENVIRONMENT = ROOT / ".venv-vllm"
 
 
@@ -139,7 +139,12 @@ def _beside(options: argparse.Namespace) -> int:
     version = f"vLLM {beside.vllm_version(place)}"
     header = records.Header(
         machine=machine.describe(),
-        plan={"peers": [beside.THEIRS], "rounds": options.rounds, "concurrency": beside.CONCURRENCY, "model": MODEL},
+        plan={
+            "peers": [beside.THEIRS],
+            "rounds": options.rounds,
+            "concurrency": beside.CONCURRENCY,
+            "model": MODEL,
+        },
         versions={plan.OURS: f"{_title(Seraph())} over {version}", beside.THEIRS: f"{version}'s own server"},
     )
     results = _resume(options, header)

@@ -19,7 +19,7 @@ from loadtests.peers.systems import Place
 
 THEIRS = "vllm"
 CONCURRENCY = (32, 128)
-TASK = Task(name="serve", kind="serve", family="serve", concurrency=CONCURRENCY, seconds=1800.0)
+TASK = Task(name="serve", kind="serve", family="serve", concurrency=CONCURRENCY, waves=3, spread=0.5, seconds=1800.0)
 SETTING = "bf16, eager"
 
 MAX_LEN, MAX_SEQS, MAX_BATCHED, KV_BYTES = 8192, 256, 2048, 2 << 30

@@ -17,12 +17,15 @@ BEFORE = "## Settings"
 LIMIT = 0.97
 """What the lower end of a ratio's interval has to reach."""
 
+LENGTHS = " to ".join(f"{TASK.tokens * (1 + sign * TASK.spread):.0f}" for sign in (-1, 1))
+
 INTRODUCTION = f"""\
-`seraph serve --engine vllm` and vLLM's own server, over the same vLLM with the same options ({SETTING}) and asked for
-the same chats as in the section on serving. Every pair begins with a start of both. They are alive together, one is
-asked straight after the other, and who comes first alternates. A ratio is the geometric mean of the ratios of the
-pairs, with its 95 % interval by Student's t distribution of their logarithms; above 1 Seraph has more tokens per second
-or less time to the first token. It is reached where the lower end of the interval is.
+`seraph serve --engine vllm` and vLLM's own server, over the same vLLM with the same options ({SETTING}). Greedy chats
+of about 100 prompt tokens in a closed loop, {TASK.waves} a stream, with {LENGTHS} output tokens, so that streams ask
+one by one and not all at once. Every pair begins with a start of both. They are alive together, one is asked
+straight after the other, and who comes first alternates. A ratio is the geometric mean of the pairs' own, with its 95 %
+interval by Student's t distribution of their logarithms; above 1 Seraph has more tokens per second or less time to the
+first token. A bar is reached where the lower end of the interval reaches it.
 """
 
 TABLES = (

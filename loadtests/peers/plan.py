@@ -20,15 +20,18 @@ BARRED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 class Task:
     """One load.
 
-    `serve`: for each of `concurrency`, that many streams of chats (about 100 tokens each, `tokens` answered), prompts
-    included, preceded by a start that is timed. `prefill`: one prompt of `prompt` tokens. `decode`: `tokens` decoded
-    by each of `streams` with a prompt of `prompt` tokens behind it, 0 for none, prompts not included.
+    `serve`: for each of `concurrency`, that many streams of chats (about 100 tokens each, `tokens` answered, more or
+    less by up to `spread` of them; `waves` chats a stream), prompts included, preceded by a start that is timed.
+    `prefill`: one prompt of `prompt` tokens. `decode`: `tokens` decoded by each of `streams` with a prompt of `prompt`
+    tokens behind it, 0 for none, prompts not included.
     """
 
     name: str
     kind: str  # serve, prefill or decode
     family: str  # tasks of a family share the setting that was found best for one of them
     concurrency: tuple[int, ...] = ()
+    waves: int = 2
+    spread: float = 0.0
     streams: int = 1
     prompt: int = 0
     tokens: int = 128
@@ -99,6 +102,6 @@ def first_seed(task: Task, concurrency: int) -> int:
     return 1_000_000 + 10_000 * concurrency + zlib.crc32(task.name.encode()) % 1000
 
 
-def num_requests(concurrency: int) -> int:
+def num_requests(concurrency: int, waves: int = 2) -> int:
     """Requests that are answered at a concurrency."""
-    return max(3, 2 * concurrency)
+    return max(3, waves * concurrency)

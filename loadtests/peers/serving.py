@@ -71,7 +71,7 @@ def measure_in_turn(servers: Mapping[str, Server], task: Task) -> Mapping[str, F
                 raise child.failure(f"{group.exceptions[0]!r}") from None
 
         for name in order:  # what a server imports or allocates at its first load is not counted
-            ask(name, task.trial())
+            ask(name, replace(task.trial(), waves=1))
         for streams in task.concurrency:
             for name in order:
                 figures[name] |= ask(name, replace(task, concurrency=(streams,)))
@@ -114,9 +114,8 @@ def _healthy(client: httpx.Client) -> bool:
 def _chats(url: str, task: Task) -> Figures:
     figures: dict[str, float] = {}
     for streams in task.concurrency:
-        one = asyncio.run(
-            throughput.run(url, MODEL, streams, num_requests(streams), task.tokens, first_seed(task, streams))
-        )
+        requests, seed = num_requests(streams, task.waves), first_seed(task, streams)
+        one = asyncio.run(throughput.run(url, MODEL, streams, requests, task.tokens, seed, task.spread))
         figures[f"tokens_per_second@{streams}"] = one.tokens_per_second
         figures[f"ttft@{streams}"] = one.ttft_median
         figures[f"tpot@{streams}"] = one.tpot_median
@@ -135,10 +134,9 @@ def _chats_and_cpu(url: str, task: Task, asked: int, idle: Sequence[int]) -> Fig
     begin = now()
     chats = _chats(url, task)
     seconds, *cpu = (after - before for before, after in zip(begin, now(), strict=True))
-    tokens = num_requests(streams) * task.tokens
     return {
         **chats,
-        f"cpu_seconds@{streams}": cpu[0] / tokens,
+        f"cpu_seconds@{streams}": cpu[0] / (chats[f"tokens_per_second@{streams}"] * seconds),
         f"client_cpus@{streams}": cpu[1] / seconds,
         f"idle_cpus@{streams}": cpu[2] / seconds,
     }

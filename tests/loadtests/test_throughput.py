@@ -37,6 +37,14 @@ def test_figures_of_streamed_answers(server: ScriptedServer) -> None:
     assert all(seen.body["stream"] and seen.body["ignore_eos"] and seen.body["max_tokens"] == 3 for seen in server.seen)
 
 
+def test_lengths_of_answers() -> None:
+    assert {throughput.length(seed, 128, 0.0) for seed in range(9)} == {128}
+    lengths = [throughput.length(seed, 128, 0.5) for seed in range(400)]
+    assert lengths == [throughput.length(seed, 128, 0.5) for seed in range(400)]
+    assert 64 <= min(lengths) < 70 and 186 < max(lengths) <= 192
+    assert sum(lengths) / 400 == pytest.approx(128, rel=0.05)
+
+
 @pytest.mark.parametrize("size", [1, 7, 100])
 def test_events_may_be_cut_anywhere(server: ScriptedServer, size: int) -> None:
     whole = b"".join(chat_events("a", "\u00e9\U0001f600", "c" * 20_000))

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loadtests.peers import serving
-from loadtests.peers.plan import Task, num_requests
+from loadtests.peers.plan import Task
 from loadtests.peers.processes import SystemFailure
 from loadtests.peers.serving import Server
 
@@ -45,7 +46,9 @@ class Server(http.server.ThreadingHTTPServer):
 Server(("127.0.0.1", port), Handler).serve_forever()
 """
 
-TASK = Task(name="serve", kind="serve", family="serve", concurrency=(2, 4, 1), tokens=8, seconds=60.0)
+TASK = Task(
+    name="serve", kind="serve", family="serve", concurrency=(2, 4, 1), waves=3, spread=0.5, tokens=8, seconds=60.0
+)
 
 
 def servers(folder: Path, *fails: str) -> dict[str, Server]:
@@ -56,13 +59,15 @@ def servers(folder: Path, *fails: str) -> dict[str, Server]:
 def test_servers_take_turns_while_both_are_alive(tmp_path: Path) -> None:
     figures = serving.measure_in_turn(servers(tmp_path), TASK)
     asked = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
-    starts, trials = asked[:2], asked[2 : 2 + 2 * num_requests(16)]
+    starts, trials = asked[:2], asked[2 : 2 + 2 * 16]
     assert sorted(starts) == [["a", "4"], ["b", "4"]]
-    assert [name for name, _ in trials] == ["a"] * num_requests(16) + ["b"] * num_requests(16)
+    assert [name for name, _ in trials] == ["a"] * 16 + ["b"] * 16
     expected = [(name, n) for order, n in (("ab", 2), ("ba", 4), ("ab", 1)) for name in order]
-    assert [name for name, _ in asked[len(starts) + len(trials) :]] == [
-        name for name, n in expected for _ in range(num_requests(n))
-    ]
+    measured = asked[len(starts) + len(trials) :]
+    assert [name for name, _ in measured] == [name for name, n in expected for _ in range(3 * n)]
+    lengths = {name: sorted(int(tokens) for other, tokens in measured if other == name) for name in "ab"}
+    assert lengths["a"] == lengths["b"] and len(set(lengths["a"])) > 3
+    assert lengths["a"][0] >= 4 and lengths["a"][-1] <= 12
     for of_one in figures.values():
         assert all(of_one[f"tokens_per_second@{n}"] > 0 and of_one[f"ttft@{n}"] > 0 for n in TASK.concurrency)
         assert all(of_one[f"cpu_seconds@{n}"] >= 0 and of_one[f"client_cpus@{n}"] > 0 for n in TASK.concurrency)
@@ -73,4 +78,4 @@ def test_servers_take_turns_while_both_are_alive(tmp_path: Path) -> None:
 
 def test_a_server_that_fails_in_its_turn(tmp_path: Path) -> None:
     with pytest.raises(SystemFailure, match="status 500"):
-        serving.measure_in_turn(servers(tmp_path, "8"), TASK)
+        serving.measure_in_turn(servers(tmp_path, "8"), replace(TASK, spread=0.0))
