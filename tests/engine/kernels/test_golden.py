@@ -206,6 +206,7 @@ def test_default_twin(default_model: PackedModel, default_golden: Arrays, make_p
         np.testing.assert_array_equal(native, twin)
 
 
+@pytest.mark.full  # one window of it is in tests/engine/test_logprobs.py
 def test_default_perplexity(default_model: PackedModel, make_program: ProgramFactory) -> None:
     """Within 0.5 % of float32 over the whole text, on the best build; keys and values of 8 bits cost at most 0.2 %."""
     golden = load("default_perplexity")
