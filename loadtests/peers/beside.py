@@ -42,9 +42,9 @@ def ours(place: Place, folder: Path) -> Server:
 def theirs(place: Place, folder: Path) -> Server:
     """vLLM's own server, told all that ours tells its vLLM: a test holds the two commands against each other."""
     command = [
-        *(place.python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", serving.MODEL),
-        *("--host", "127.0.0.1", "--port", "{port}", "--uvicorn-log-level", "warning"),
-        *(f"--model={folder}", "--runner=generate", f"--max-model-len={MAX_LEN}", f"--max-num-seqs={MAX_SEQS}"),
+        *(place.python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", "{port}"),
+        *("--uvicorn-log-level", "warning", f"--model={folder}", f"--served-model-name={serving.MODEL}"),
+        *("--runner=generate", f"--max-model-len={MAX_LEN}", f"--max-num-seqs={MAX_SEQS}"),
         *(f"--max-num-batched-tokens={MAX_BATCHED}", "--tensor-parallel-size=1", "--pipeline-parallel-size=1"),
         *(f"--kv-cache-memory-bytes={KV_BYTES}", "--enable-prefix-caching", "--scheduling-policy=priority"),
         *("--structured-outputs-config.backend=guidance", "--enforce-eager"),

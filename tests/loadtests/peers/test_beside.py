@@ -11,7 +11,7 @@ from loadtests.peers.beside import THEIRS
 from loadtests.peers.plan import OURS, Task
 from loadtests.peers.processes import SystemFailure
 from loadtests.peers.records import Header, Results
-from loadtests.peers.serving import Server
+from loadtests.peers.serving import MODEL, Server
 from loadtests.peers.systems import Figures, Place
 from server.launching import _vllm_kv_bytes
 from server.settings import resolve
@@ -79,10 +79,9 @@ def test_both_vllms_are_told_the_same() -> None:
         {},
     )
     assert settings.uses_vllm
-    options = settings.vllm_options(Path("folder"), "m", pooling=False, kv_cache_bytes=_vllm_kv_bytes(settings))
+    options = settings.vllm_options(Path("folder"), MODEL, pooling=False, kv_cache_bytes=_vllm_kv_bytes(settings))
     told = [str(word) for word in beside.theirs(PLACE, Path("folder")).command[3:]]
-    of_http = {"--served-model-name", "smollm2-135m-instruct", "--host", "127.0.0.1", "--port", "{port}"}
-    of_http |= {"--uvicorn-log-level", "warning"}
+    of_http = {"--host", "127.0.0.1", "--port", "{port}", "--uvicorn-log-level", "warning"}
     assert sorted(set(told) - of_http) == sorted(options.command_line())
     assert beside.ours(PLACE, Path("folder")).environment == beside.theirs(PLACE, Path("folder")).environment
 
