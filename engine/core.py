@@ -38,8 +38,8 @@ from engine.request import (
     EngineStats,
     FinishReason,
     Request,
-    SamplingParams,
     TokenDelta,
+    need_a_choice,
 )
 from engine.resident import describe_weights, num_parameters, resident_weights
 from engine.sampling.masks import Grammars, Vocabulary
@@ -389,18 +389,4 @@ def validate_request(
             wrong = next(token for token in ids if not 0 <= token < vocab_size)
             raise RequestError(f"{param}: token ids must be in [0, {vocab_size}), got {wrong}.", param=param)
     if sampling.bad_words or sampling.allowed_token_ids:
-        _need_a_choice(sampling, vocab_size, eos_token_ids)
-
-
-def _need_a_choice(sampling: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-    """Raise RequestError unless one token at least is allowed whatever was written before.
-
-    Such a token is no bad word's last one and, where an answer may not end at once, ends none.
-    """
-    never = {word[-1] for word in sampling.bad_words}
-    if sampling.min_tokens:
-        never |= {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
-    allowed = range(vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
-    if all(token in never for token in allowed):
-        param = "bad_words" if sampling.allowed_token_ids is None else "allowed_token_ids"
-        raise RequestError(f"{param}: bad_words and min_tokens may leave no token that is allowed.", param=param)
+        need_a_choice(sampling, vocab_size, eos_token_ids)

@@ -65,7 +65,9 @@ FEATURES = (
         "structured output and calls of tools",
         Of.MODEL,
         Has("where the model has a token that ends an answer"),
-        Has("of the same grammars"),
+        Has(
+            "of the same grammars; the version of their library that vLLM pins sets no bound to runs of white space in JSON"
+        ),
     ),
     Feature("logprobs", "log-probabilities", Of.MODEL, Has(), Has()),
     Feature("prompt_logprobs", "log-probabilities of prompts", Of.MODEL, Has(), Has()),

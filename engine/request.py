@@ -147,6 +147,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
 
 
+def need_a_choice(sampling: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    """Raise RequestError unless one token at least is allowed whatever was written before.
+
+    Such a token is no bad word's last one and, where an answer may not end at once, ends none.
+    """
+    never = {word[-1] for word in sampling.bad_words}
+    if sampling.min_tokens:
+        never |= {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+    allowed = range(vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
+    if all(token in never for token in allowed):
+        param = "bad_words" if sampling.allowed_token_ids is None else "allowed_token_ids"
+        raise RequestError(f"{param}: bad_words and min_tokens may leave no token that is allowed.", param=param)
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to continue: everything the engine needs, and everything a replay after a crash needs.
 

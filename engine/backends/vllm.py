@@ -45,6 +45,7 @@ from engine.request import (
     TextInput,
     TokenDelta,
     WeightsInfo,
+    need_a_choice,
 )
 from engine.resident import num_parameters
 
@@ -156,7 +157,7 @@ class VllmEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         """See Engine.generate. Raises RequestError also for an id that is in use, and for what vLLM does not do."""
-        _need_possible(request)
+        _need_possible(request, self.capabilities().vocab_size, self._eos_token_ids)
         if request.request_id in self._running:
             raise RequestError(f"request_id {request.request_id!r} is in use.", param="request_id")
         said = list(request.output_token_ids)
@@ -454,8 +455,11 @@ class VllmEngine:
         changed.set()
 
 
-def _need_possible(request: Request) -> None:
+def _need_possible(request: Request, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
     """Raises RequestError for what would be lost without a word."""
+    sampling = request.sampling
+    if sampling.bad_words or sampling.allowed_token_ids:
+        need_a_choice(sampling, vocab_size, eos_token_ids)
     if request.grammar is not None and request.output_token_ids:
         raise RequestError("vLLM cannot go on with an answer that has a form.", param="structured_outputs")
 

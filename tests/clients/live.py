@@ -10,13 +10,14 @@ from pathlib import Path
 
 import httpx
 
-from tests.live import live_server
+from engine.config import DEFAULT_MODEL
+from tests.live import ENGINE, live_server
 from tests.tiny_encoders import ENCODERS, seed_of
 from tests.tiny_gguf import write_tiny_llama
 
 KEY = "example-key"
 ADMIN_KEY = "operator-key"
-CONTEXT = 16_384
+CONTEXT = 8192 if ENGINE == "vllm" else 16_384
 """Of the decoder "tiny": long enough for an answer that outlasts whatever is to interrupt it."""
 
 SECONDS = 30.0
@@ -48,8 +49,15 @@ def start(folder: Path) -> Iterator[Live]:
     write_tiny_llama(folder / "tiny.gguf", context=CONTEXT, seed=1)
     for name in ("minilm", "bge", "cross"):
         ENCODERS[name].write(folder / name, seed_of(name))
-    models = (folder / "tiny.gguf", folder / "cross", "--embedding-model", folder / "minilm")
-    flags = ("--threads", "1", "--kv-cache-tokens", str(CONTEXT), "--allow-remote-load")
-    keys = {"SERAPH_API_KEY": KEY, "SERAPH_ADMIN_KEY": ADMIN_KEY, "SERAPH_HOME": str(folder / "home")}
-    with live_server(*models, *flags, environment=keys) as server:
+    decoder: str | Path = folder / "tiny.gguf"
+    flags = ["--threads", "1", "--kv-cache-tokens", str(CONTEXT), "--allow-remote-load"]
+    keys = {"SERAPH_API_KEY": KEY, "SERAPH_ADMIN_KEY": ADMIN_KEY}
+    if ENGINE == "vllm":  # JSON of a random model need not end: vLLM's grammars bound no white space
+        decoder = DEFAULT_MODEL
+        flags += ["--served-model-name", "tiny", "cross", "minilm"]
+    else:
+        keys["SERAPH_HOME"] = str(folder / "home")
+    with live_server(
+        decoder, folder / "cross", "--embedding-model", folder / "minilm", *flags, environment=keys
+    ) as server:
         yield Live(server.base_url, folder)

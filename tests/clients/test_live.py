@@ -26,7 +26,7 @@ from seraph_client import (
 )
 from tests.clients.either import Either, chunks_of, close
 from tests.clients.live import ADMIN_KEY, CONTEXT, KEY, Live
-from tests.live import ROOT
+from tests.live import ENGINE, ROOT
 
 TEXTS = ["the river", "what is a mountain?", "bread"]
 LONG: dict[str, Any] = {"max_tokens": CONTEXT - 64, "ignore_eos": True}
@@ -166,9 +166,11 @@ async def test_scores(client: Either) -> None:
     scores = (await client("score", "what is water", TEXTS)).scores
     ranking = await client("rerank", "what is water", TEXTS, top_n=2)
     best = sorted(range(3), key=lambda i: -scores[i])[:2]
-    assert [(each.index, each.score, each.document) for each in ranking.results] == [
-        (i, scores[i], TEXTS[i]) for i in best
-    ]
+    assert [(each.index, each.document) for each in ranking.results] == [(i, TEXTS[i]) for i in best]
+    exact = ENGINE == "native"  # vLLM's figures depend on what is computed beside them
+    assert [each.score for each in ranking.results] == pytest.approx(
+        [scores[i] for i in best], rel=0 if exact else 1e-5, abs=0
+    )
     bare = await client("rerank", "what is water", TEXTS, return_documents=False)
     assert [each.document for each in bare.results] == [None] * 3
 

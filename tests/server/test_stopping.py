@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from server.serving import ECHO
-from tests.live import LiveServer, live_server
+from tests.live import LiveServer, head_dim, live_server
 from tests.tiny_gguf import write_tiny_llama
 
 CONTEXT = 32_768
@@ -28,7 +28,7 @@ LONG_NAME = "tiny" * 500
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("home") / "tiny.gguf"
-    write_tiny_llama(path, context=CONTEXT)
+    write_tiny_llama(path, context=CONTEXT, head_dim=head_dim())
     return path
 
 

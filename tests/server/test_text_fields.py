@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.live import live_server
+from tests.live import head_dim, live_server
 from tests.server.support import chunks_of, text_of
 from tests.tiny_gguf import write_tiny_llama
 
@@ -31,7 +31,7 @@ QUESTION = {"role": "user", "content": "the tea"}
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("home")
-    write_tiny_llama(folder / "tiny.gguf", context=CONTEXT)
+    write_tiny_llama(folder / "tiny.gguf", context=CONTEXT, head_dim=head_dim())
     (folder / "template").write_text(TEMPLATE)
     flags = ("--kv-cache-tokens", "2048", "--threads", "1", "--served-model-name", "m")
     home = {"SERAPH_HOME": str(folder)}
