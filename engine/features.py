@@ -66,7 +66,8 @@ FEATURES = (
         Of.MODEL,
         Has("where the model has a token that ends an answer"),
         Has(
-            "of the same grammars; the version of their library that vLLM pins sets no bound to runs of white space in JSON"
+            "of the same grammars; the version of their library that vLLM pins sets no bound to runs of white space in "
+            "JSON"
         ),
     ),
     Feature("logprobs", "log-probabilities", Of.MODEL, Has(), Has()),
