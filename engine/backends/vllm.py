@@ -417,7 +417,14 @@ class VllmEngine:
                 await asyncio.sleep(POLL)
             quick = time.monotonic() - ready_since < self._supervision.quick_death
             num_quick_deaths = num_quick_deaths + 1 if quick else 1
-            logger.error("the engine process %s with %d requests in flight", self._how_it_died(), len(self._running))
+            log = "" if self._journal is None else self._journal.path
+            logger.error(
+                "the engine process %s with %d requests in flight (its log: %s)",
+                self._how_it_died(),
+                len(self._running),
+                log,
+            )
+            self._journal = None  # it stays
             if self._state is State.STOPPING:
                 return
             self._enter(State.RESTARTING)

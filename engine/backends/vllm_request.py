@@ -129,4 +129,7 @@ def _of_prompt(request: Request, found: Sequence[Mapping[int, Any] | None] | Non
 def _logprobs(token: int, found: Mapping[int, Any], wanted: int) -> TokenLogprobs:
     own = found[token]
     best = sorted(((each.rank, other) for other, each in found.items() if each.rank and each.rank <= wanted))
-    return TokenLogprobs(token, own.logprob, own.rank or 0, [(other, found[other].logprob) for _, other in best])
+    # A token that ties with the last of the best ones has a rank among them, too.
+    return TokenLogprobs(
+        token, own.logprob, own.rank or 0, [(other, found[other].logprob) for _, other in best[:wanted]]
+    )

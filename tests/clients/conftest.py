@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.clients.live import Live, start
 from tests.clients.scripted_server import ScriptedServer, Stage, running
+
+if TYPE_CHECKING:
+    from tests.clients.live import Live
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +24,7 @@ def server(stage: Stage) -> ScriptedServer:
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    from tests.clients.live import start  # once `pytest --engine` is known, which this file is read before
+
     with start(tmp_path_factory.mktemp("live")) as live:
         yield live

@@ -72,6 +72,7 @@ def streamed(sdk: OpenAI, **fields: Any) -> tuple[list[str], list[ChatCompletion
 # Chat
 
 
+@pytest.mark.native("answers that do not depend on what else is computed")
 def test_choices_of_a_seed_whole_and_streamed(sdk: OpenAI) -> None:
     fields: dict[str, Any] = {"n": 3, "seed": 7, "temperature": 1}
     whole = texts_of(ask(sdk, **fields))
@@ -196,6 +197,7 @@ def test_calls_of_tools(sdk: OpenAI) -> None:
 # Completions
 
 
+@pytest.mark.native("answers that do not depend on what else is computed")
 def test_completions_whole_and_streamed(sdk: OpenAI, lenient: OpenAI) -> None:
     fields: dict[str, Any] = {
         "model": "tiny",

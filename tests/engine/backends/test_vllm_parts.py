@@ -151,6 +151,9 @@ def test_logprobs() -> None:
     found = [{7: logprob(-3.0, 9), 1: logprob(-0.5, 1), 2: logprob(-1.0, 2)}]
     (told,) = delta_of(sampled(logprobs=2), output([7], logprobs=found), 0).logprobs
     assert told == TokenLogprobs(7, -3.0, 9, [(1, -0.5), (2, -1.0)])
+    tied = [{7: logprob(-1.0, 2), 1: logprob(-0.5, 1), 2: logprob(-1.0, 2)}]
+    (told,) = delta_of(sampled(logprobs=2), output([7], logprobs=tied), 0).logprobs
+    assert len(told.top) == 2 and told.top[0] == (1, -0.5)
     (bare,) = delta_of(sampled(logprobs=0), output([7], logprobs=found), 0).logprobs
     assert bare == TokenLogprobs(7, -3.0, 9, [])
 
