@@ -123,7 +123,7 @@ async def test_forms_of_answers(client: Either) -> None:
 
 
 async def test_logprobs_whole_and_streamed(client: Either) -> None:
-    options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "return_token_ids": True}
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
     whole = await client("chat", "Hi", logprobs=True, top_logprobs=2, **options)
     (choice,) = whole.choices
     assert b"".join(each.raw for each in choice.logprobs).decode(errors="replace").startswith(choice.text)
