@@ -4,9 +4,9 @@
     mask threads          | take in new tokens, write mask, set ready | next request |
     sampler                                                  wait for ready, choose
 
-As many threads make masks as compute the step: they take its processors from it, and it had better lose as much of each.
-A request's grammar is compiled in a further thread, before the request is scheduled, so that
-no step waits for that. The library lets go of the interpreter's lock while it compiles and while it makes a mask.
+As many threads make masks as compute the step: they take its processors from it, and it had better lose as much of
+each. A request's grammar is compiled in a further thread, before the request is scheduled, so that no step waits for
+that. The library lets go of the interpreter's lock while it compiles and while it makes a mask.
 """
 
 from __future__ import annotations
