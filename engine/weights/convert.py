@@ -16,6 +16,7 @@ from engine.kernels.layout import GROUP, STRIP, Correction, MatrixFormat, pack_b
 from engine.models.recipe import Part, Recipe
 from engine.models.spec import ModelInfo
 from engine.weights.checkpoint import Checkpoint, StoredTensor, read_vector
+from engine.weights.gguf_tokenizer import TokenizerInfo
 from engine.weights.pack import TensorWriter
 from engine.weights.quantize import FLOAT_CORRECTION, MAX_QUANTIZED, quantize
 from engine.weights.tensor_types import FLOAT_TYPES, QUANTIZED_TYPES, Quantized
@@ -58,7 +59,13 @@ def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple
         raise FormatError(
             f"the tokenizer has {text.vocab_size} tokens, the embedding {spec.vocab_size} rows", path=checkpoint.path
         )
-    info: ModelInfo[Any] = ModelInfo(
+    info = model_info(checkpoint, spec, text, _main_type(matrices))
+    return info, [_writer(checkpoint, recipe, stored[recipe.name], quantization) for recipe in blueprint.recipes]
+
+
+def model_info(checkpoint: Checkpoint, spec: Any, text: TokenizerInfo, stored: str) -> ModelInfo[Any]:
+    """What a checkpoint says beside its weights, which are mostly of the type `stored`."""
+    return ModelInfo(
         spec=spec,
         tokenizer_json=text.tokenizer_json,
         chat_template=text.chat_template,
@@ -66,10 +73,9 @@ def convert(checkpoint: Checkpoint, *, quantization: str | None = None) -> tuple
         eos_token_ids=text.eos_token_ids,
         add_bos=text.add_bos,
         special_token_ids=text.special_token_ids,
-        checkpoint_format=f"{_main_type(matrices)} {checkpoint.format_name}",
+        checkpoint_format=f"{stored} {checkpoint.format_name}",
         generation_defaults=checkpoint.generation_defaults(),
     )
-    return info, [_writer(checkpoint, recipe, stored[recipe.name], quantization) for recipe in blueprint.recipes]
 
 
 def _stored(checkpoint: Checkpoint, part: Part) -> StoredTensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.config import seraph_home
 from engine.models.spec import ModelInfo, OpaqueSpec
-from engine.weights.convert import convert
+from engine.weights.convert import convert, model_info
 from engine.weights.export import export_folder, leftovers_beside, target_lock
 from engine.weights.files import lock
 from engine.weights.folder import CONFIG, FolderCheckpoint
@@ -96,14 +96,5 @@ def _info(checkpoint: FolderCheckpoint) -> ModelInfo[Any]:
         return convert(checkpoint)[0]
     text = checkpoint.text()
     types = sorted({tensor.type_name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2})
-    return ModelInfo(
-        spec=OpaqueSpec(str(config.get("model_type", "")), text.vocab_size),
-        tokenizer_json=text.tokenizer_json,
-        chat_template=text.chat_template,
-        bos_token_id=text.bos_token_id,
-        eos_token_ids=text.eos_token_ids,
-        add_bos=text.add_bos,
-        special_token_ids=text.special_token_ids,
-        checkpoint_format=f"{'/'.join(types)} {checkpoint.format_name}",
-        generation_defaults=checkpoint.generation_defaults(),
-    )
+    spec = OpaqueSpec(str(config.get("model_type", "")), text.vocab_size)
+    return model_info(checkpoint, spec, text, "/".join(types))
