@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import logging
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.native import State
 from engine.backends.vllm_journal import Journal
 from engine.backends.vllm_options import MISSING, VllmOptions, engine_config, is_installed, reason_of
 from engine.backends.vllm_request import delta_of, prompt_of, sampling_of
@@ -73,16 +73,6 @@ class VllmSupervision:
     max_quick_deaths: int = 3  # in a row; then no new one is started
     restart_wait: float = 10.0  # how long a request that arrives during a restart waits for it
     shutdown_timeout: float = 10.0
-
-
-class State(enum.Enum):
-    NEW = "has not been started"
-    STARTING = "is starting"
-    READY = "is ready"
-    RESTARTING = "is restarting"
-    STOPPING = "is stopping"
-    STOPPED = "is stopped"
-    FAILED = "died too often and is not started again"
 
 
 class VllmEngine:
@@ -145,12 +135,7 @@ class VllmEngine:
         assert self._state is State.NEW, f"the engine {self._state.value}"
         if not is_installed():
             raise ConfigError(MISSING)
-        self._enter(State.STARTING)
-        try:
-            self._client = await self._create()
-        except BaseException:
-            self._enter(State.NEW)
-            raise
+        self._client = await self._create()
         self._capabilities = await self._describe(self._client)
         self._enter(State.READY)
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise(), name="vllm-supervisor")
