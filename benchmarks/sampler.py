@@ -73,8 +73,6 @@ def sampling_of(vocab: int, setting: dict[str, float]) -> SamplingArrays:
         bias_starts=none,
         bias_tokens=np.empty(0, np.int32),
         bias_values=np.empty(0, np.float32),
-        mask_rows=None,
-        masks=None,
     )
 
 

@@ -268,7 +268,7 @@ class EngineCore:
             num_accepted_tokens=scheduler.num_accepted_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_masks=self._grammars.num_masks,
-            mask_seconds=self._grammars.mask_seconds,
+            grammar_seconds=self._grammars.seconds,
             num_requests_finished=scheduler.num_finished,
             step_seconds=self._runner.step_seconds,
             **({} if self._embedder is None else self._embedder.counters()),

@@ -297,8 +297,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_draft_tokens: int = 0  # guessed to follow, and computed
     num_accepted_tokens: int = 0  # of them, those that were chosen
     num_preemptions: int = 0
-    num_masks: int = 0  # of grammars, one for each row that had one
-    mask_seconds: float = 0.0  # of a processor, for them
+    num_masks: int = 0  # of grammars, one for each token that they refused
+    grammar_seconds: float = 0.0  # of a processor, for checks and masks
     num_requests_finished: int = 0
     step_seconds: float = 0.0  # total time inside kernels
     num_encoded_texts: int = 0

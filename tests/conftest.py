@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+import hypothesis  # noqa: F401  CPython 3.11 fails to import it beneath a failing test, where its own plugin would
 import pytest
 
 from engine import logs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -340,10 +341,10 @@ class VllmEngine:
         with _STARTS:
             prepare_vllm(log=journal.path, log_config=journal.config_path)
             try:
-                from vllm.v1.engine.async_llm import AsyncLLM
+                client_class = _client_class()
             except Exception as error:
                 raise EngineError(f"vLLM cannot be imported: {reason_of(error)}") from error
-            return AsyncLLM.from_vllm_config(
+            return client_class.from_vllm_config(
                 engine_config(self._options), stat_loggers=[logger_class(self._counters)], enable_log_requests=False
             )
 
@@ -454,6 +455,19 @@ def _need_possible(request: Request, vocab_size: int, eos_token_ids: tuple[int, 
         need_a_choice(sampling, vocab_size, eos_token_ids)
     if request.grammar is not None and request.output_token_ids:
         raise RequestError("vLLM cannot go on with an answer that has a form.", param="structured_outputs")
+
+
+def _client_class() -> type[AsyncLLM]:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    class Client(AsyncLLM):  # type: ignore[misc]
+        """One that says nothing where the process ends at once, when the modules that it would need are gone."""
+
+        def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+            if not is_finalizing():
+                super().__del__()
+
+    return Client
 
 
 def _version() -> str:

@@ -29,7 +29,8 @@ class SamplingArrays:
     2. presence and frequency: l = l - (frequency * count + presence) for each token that the output part of the
        history holds `count` > 0 times
     3. logit bias: l = l + value, entry by entry; -inf forbids a token
-    4. grammar mask: a token whose bit is 0 is forbidden. A logit that is not finite is forbidden too.
+    4. a token whose bit in a mask is 0 is forbidden (`Program.choose_again`; a step has no masks). A logit that is not
+       finite is forbidden too.
     5. temperature 0 takes the largest l, the lowest id among equals, and ends here. Otherwise a token weighs
        w = exp((l - lmax) / temperature), so the best one weighs exactly 1, and "in order" means by falling l, the
        lower id first among equals
@@ -38,9 +39,13 @@ class SamplingArrays:
        of them: at least one token
     8. min-p keeps, of those, the tokens with w >= min_p, which is probability >= min_p * the largest probability
     9. one draw: u in [0, 1) is the upper 24 bits of the first word of Philox4x32-10 (Salmon et al., SC'11) with key
-       (seed's low word, its high word) and counter (position, choice, 0, 0). Over the kept tokens by rising id, with a
-       running sum of w, it takes the first token whose sum exceeds u * the sum of all. Sums of weights are float64, or
-       within 2^-24 of that
+       (seed's low word, its high word) and counter (position, choice, again, 0), where `again` is 1 with a mask and 0
+       without. Over the kept tokens by rising id, with a running sum of w, it takes the first token whose sum exceeds
+       u * the sum of all. Sums of weights are float64, or within 2^-24 of that
+
+    A row with a grammar is drawn without it first; a token that the grammar allows stays, else one is drawn with the
+    mask. Without selections that has the distribution of the mask alone: p(t) + (1 - P) p(t) / P = p(t) / P, where P is
+    the probability of all that is allowed. The best token is the same either way.
 
     Where every token is forbidden, the row's result is -1.
     """
@@ -61,9 +66,7 @@ class SamplingArrays:
     bias_starts: Int32  # [R + 1] into bias_tokens
     bias_tokens: Int32  # [B]
     bias_values: Float32  # [B], added; -inf forbids
-    mask_rows: Int32 | None = None  # [R] row of `masks`, -1: none
-    masks: UInt32 | None = None  # [num_masks, ceil(vocab / 32)], bit t of word w allows token 32 w + t
-    mask_ready: Int32 | None = None  # [num_masks], another thread stores 1 when the row is written; waited for
+    again: Int32 | None = None  # [R], 1: `choose_again` may be asked for the row, whose logits are kept for it
 
 
 @dataclass(slots=True, frozen=True)
@@ -155,6 +158,16 @@ class Program(Protocol):
 
         Raises ValueError, before anything is written, for arrays of the wrong shape or indices out of range, and
         StalledRankError, now and for ever, where a thread stalls.
+        """
+        ...
+
+    def choose_again(self, row: int, mask: UInt32) -> int:
+        """Another token for a row of the last step that had `sampling.again`, of those that `mask` allows.
+
+        mask: uint32 [ceil(vocab / 32)], bit t of word w allows token 32 w + t. Returns -1 where none is left. Deferred
+        token ids of the next step see it. Several threads may ask for different rows at once, none during a step.
+
+        Raises ValueError for a row that was not kept or a mask of the wrong shape.
         """
         ...
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from engine.config import KV_DTYPES
 from engine.errors import StalledRankError
-from engine.kernels.batch import Int32, LogprobArrays, SamplingArrays, StepBatch, Weights
+from engine.kernels.batch import Int32, LogprobArrays, SamplingArrays, StepBatch, UInt32, Weights
 from engine.kernels.layout import Correction, PackedTensor
-from engine.kernels.validate import check_batch, check_copies, check_weights
+from engine.kernels.validate import check_again, check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
 from engine.ranks import Ranks
 
@@ -96,6 +96,7 @@ class NativeProgram(TeamProgram):
         self._previous_rows = 0
         self._sampling: SamplingArrays | None = None  # of the last step, and what was made of it
         self._native: Any = None
+        self._last: tuple[Any, Any, Any] = (None, None, None)  # what choosing again reads of the last step
         self._ropes = [RopeTables(rope, spec.max_position) for rope in spec.ropes()]
         self._program: Any = self._make(
             shape=module.DecoderShape(
@@ -153,9 +154,12 @@ class NativeProgram(TeamProgram):
             self._sampling, self._native = batch.sampling, None
         num_rows = 0 if self._sampling is None else batch.logits_rows.size
         chosen = np.empty(num_rows, np.int32)
+        wanted = None
         try:
             if self._sampling is not None and self._native is None:
                 self._native = native_sampling(self._module, self._sampling)
+            if batch.logprobs is not None:
+                wanted = native_logprobs(self._module, batch.logprobs)
             computed = self._program.step(
                 batch.token_ids,
                 batch.positions,
@@ -165,7 +169,7 @@ class NativeProgram(TeamProgram):
                 batch.logits_rows,
                 batch.causal,
                 self._native,
-                None if batch.logprobs is None else native_logprobs(self._module, batch.logprobs),
+                wanted,
                 batch.logits,
                 batch.hidden,
                 chosen,
@@ -178,6 +182,14 @@ class NativeProgram(TeamProgram):
             check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
             raise ValueError("the kernels refuse a step that passes their checks in Python")
         self._previous_rows = num_rows
+        self._last = self._native if num_rows else None, wanted, batch.logits
+        return chosen
+
+    def choose_again(self, row: int, mask: UInt32) -> int:
+        """See `Program.choose_again`."""
+        native, wanted, logits = self._last
+        check_again(None if native is None else self._sampling, row, mask, self.spec.vocab_size)
+        chosen: int = self._program.choose_again(native, wanted, logits, row, mask)
         return chosen
 
     def copy_blocks(self, pairs: Int32) -> None:

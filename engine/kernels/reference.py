@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE, KV_DTYPES
-from engine.kernels.batch import Float32, Int32, StepBatch, Weights
+from engine.kernels.batch import Float32, Int32, LogprobArrays, SamplingArrays, StepBatch, UInt32, Weights
 from engine.kernels.layout import GROUP, LANES, PackedTensor, dequantize, from_bf16, to_bf16, unpack_matrix
 from engine.kernels.reference_math import exp, fma, gelu_tanh, silu, softcapped, sum_lanes
-from engine.kernels.reference_sampler import sample, write_logprobs
-from engine.kernels.validate import check_batch, check_copies, check_weights
+from engine.kernels.reference_sampler import sample, sample_row, write_logprobs
+from engine.kernels.validate import check_again, check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
 
 Activations = Literal["int8", "float32"]
@@ -79,7 +79,8 @@ class ReferenceProgram:
         self._kv: Float32 | None = np.zeros(
             (num_blocks, spec.num_layers, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim + 1), np.float32
         )
-        self._chosen: Int32 = np.empty(0, np.int32)  # by the previous step
+        self._chosen: Int32 = np.empty(0, np.int32)  # by the previous step, whose rest is kept to choose again
+        self._last: tuple[Float32, SamplingArrays, LogprobArrays | None] | None = None
 
     def step(self, batch: StepBatch) -> Int32:
         """See `Program.step`."""
@@ -102,7 +103,7 @@ class ReferenceProgram:
             added = self._experts(i, normed) if spec.num_experts else self._feed_forward(layer, normed)
             x = x + self._normed(layer + "post_ffn_norm", added)
 
-        self._chosen = np.empty(0, np.int32)
+        self._chosen, self._last = np.empty(0, np.int32), None
         if len(batch.logits_rows) and not (batch.sampling is None and batch.logits is None and batch.hidden is None):
             hidden = rms_norm(x[batch.logits_rows], self._vectors["final_norm"], spec.norm_eps)
             if batch.hidden is not None:
@@ -114,11 +115,23 @@ class ReferenceProgram:
                     batch.logits[...] = logits
                 if batch.sampling is not None:
                     self._chosen = sample(logits, batch.sampling)
+                    self._last = logits, batch.sampling, batch.logprobs
                 if batch.logprobs is not None:
                     given = batch.logprobs.targets
                     self._chosen = np.where(given >= 0, given, self._chosen)
                     write_logprobs(logits, self._chosen, batch.logprobs)
         return self._chosen.copy()
+
+    def choose_again(self, row: int, mask: UInt32) -> int:
+        """See `Program.choose_again`."""
+        self._memory()
+        check_again(None if self._last is None else self._last[1], row, mask, self.spec.vocab_size)
+        assert self._last is not None
+        logits, sampling, logprobs = self._last
+        self._chosen[row] = sample_row(logits[row], sampling, row, mask)
+        if logprobs is not None:
+            write_logprobs(logits, self._chosen, logprobs)
+        return int(self._chosen[row])
 
     def copy_blocks(self, pairs: Int32) -> None:
         """See `Program.copy_blocks`."""

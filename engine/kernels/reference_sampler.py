@@ -7,12 +7,11 @@ sum lies within rounding of a threshold; everywhere else both choose the same to
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.kernels.batch import Float32, Int32, LogprobArrays, SamplingArrays
+from engine.kernels.batch import Float32, Int32, LogprobArrays, SamplingArrays, UInt32
 from engine.kernels.layout import LANES
 from engine.kernels.reference_math import exp, sum_lanes
 
@@ -34,32 +33,38 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
+def uniform(seed: int, choice: int, position: int, again: int = 0) -> float:
     """The u in [0, 1) of one draw: a multiple of 2**-24 that depends on nothing but its arguments."""
-    word = philox4x32((position & _WORD, choice & _WORD, 0, 0), (seed & _WORD, seed >> 32))[0]
+    word = philox4x32((position & _WORD, choice & _WORD, again, 0), (seed & _WORD, seed >> 32))[0]
     return (word >> 8) * 2.0**-24
 
 
-def sample(logits: Float32, sampling: SamplingArrays) -> Int32:
-    """Choose one token for each row of raw logits [R, vocab], which stay as they are; int32 [R]."""
-    chosen = np.empty(len(logits), np.int32)
-    for r, raw in enumerate(logits):
-        row = adjusted_logits(raw, sampling, r)
-        if not np.isfinite(row).any():
-            chosen[r] = -1
-        elif sampling.temperature[r] == 0:
-            chosen[r] = row.argmax()  # the first of equals
-        else:
-            tokens, weights = kept_tokens(
-                row, sampling.temperature[r], int(sampling.top_k[r]), sampling.top_p[r], sampling.min_p[r]
-            )
-            u = uniform(int(sampling.seed[r]), int(sampling.choice[r]), int(sampling.position[r]))
-            sums = np.cumsum(weights)
-            chosen[r] = tokens[np.searchsorted(sums, u * sums[-1], side="right")]
-    return chosen
+def sample(logits: Float32, sampling: SamplingArrays, masks: UInt32 | None = None) -> Int32:
+    """Choose one token for each row of raw logits [R, vocab], which stay as they are; int32 [R].
+
+    With masks, uint32 [R, ceil(vocab / 32)], those that are drawn again.
+    """
+    rows = enumerate(logits)
+    return np.array([sample_row(raw, sampling, r, None if masks is None else masks[r]) for r, raw in rows], np.int32)
 
 
-def adjusted_logits(raw: Float32, sampling: SamplingArrays, r: int) -> Float32:
+def sample_row(raw: Float32, sampling: SamplingArrays, r: int, mask: UInt32 | None = None) -> int:
+    """The token of row r, whose raw logits [vocab] stay as they are; with a mask, the one that is drawn again."""
+    row = adjusted_logits(raw, sampling, r, mask)
+    if not np.isfinite(row).any():
+        return -1
+    if sampling.temperature[r] == 0:
+        return int(row.argmax())  # the first of equals
+    tokens, weights = kept_tokens(
+        row, sampling.temperature[r], int(sampling.top_k[r]), sampling.top_p[r], sampling.min_p[r]
+    )
+    again = int(mask is not None)
+    u = uniform(int(sampling.seed[r]), int(sampling.choice[r]), int(sampling.position[r]), again)
+    sums = np.cumsum(weights)
+    return int(tokens[np.searchsorted(sums, u * sums[-1], side="right")])
+
+
+def adjusted_logits(raw: Float32, sampling: SamplingArrays, r: int, mask: UInt32 | None = None) -> Float32:
     """Row r's logits [vocab] after penalties, bias and mask; -inf where a token is forbidden."""
     row = raw.copy()
     begin, end = sampling.history_starts[r], sampling.history_starts[r + 1]
@@ -75,11 +80,8 @@ def adjusted_logits(raw: Float32, sampling: SamplingArrays, r: int) -> Float32:
     entries = slice(sampling.bias_starts[r], sampling.bias_starts[r + 1])
     np.add.at(row, sampling.bias_tokens[entries], sampling.bias_values[entries])
 
-    if sampling.mask_rows is not None and sampling.masks is not None and (m := int(sampling.mask_rows[r])) >= 0:
-        if sampling.mask_ready is not None:
-            while sampling.mask_ready[m] == 0:
-                time.sleep(1e-4)
-        bits = np.unpackbits(sampling.masks[m].view(np.uint8), bitorder="little", count=len(row))
+    if mask is not None:
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(row))
         row[bits == 0] = -np.inf
     row[~np.isfinite(row)] = -np.inf
     return row

@@ -189,18 +189,17 @@ def _check_sampling(sampling: SamplingArrays, num_rows: int, vocab_size: int) ->
     _check_array("bias_values", s.bias_values, _FLOAT32, s.bias_tokens.shape)
     if len(s.bias_values) and not (s.bias_values < _INF).all():
         raise ValueError(f"bias_values: expected finite values or -inf, got {s.bias_values.tolist()}")
-    if s.mask_rows is not None:
-        _check_masks(s, s.mask_rows, num_rows, vocab_size)
+    if s.again is not None:
+        _check_array("again", s.again, _INT32, (num_rows,))
 
 
-def _check_masks(sampling: SamplingArrays, mask_rows: NDArray[np.int32], num_rows: int, vocab_size: int) -> None:
-    _check_array("mask_rows", mask_rows, _INT32, (num_rows,))
-    num_masks = 0 if sampling.masks is None else len(sampling.masks)
-    _check_range("mask_rows", mask_rows, -1, num_masks)
-    if sampling.masks is not None:
-        _check_array("masks", sampling.masks, _UINT32, (num_masks, (vocab_size + 31) // 32))
-    if sampling.mask_ready is not None:
-        _check_array("mask_ready", sampling.mask_ready, _INT32, (num_masks,))
+def check_again(sampling: SamplingArrays | None, row: int, mask: NDArray[np.uint32], vocab_size: int) -> None:
+    """What `Program.choose_again` is asked, after a step with `sampling`. Raises ValueError."""
+    again = None if sampling is None else sampling.again
+    if again is None or not 0 <= row < len(again) or not again[row]:
+        kept = [] if again is None else np.flatnonzero(again).tolist()
+        raise ValueError(f"row: expected one that the last step kept, {kept}, got {row}")
+    _check_array("mask", mask, _UINT32, ((vocab_size + 31) // 32,))
 
 
 def _check_logprobs(wanted: LogprobArrays, num_rows: int, vocab_size: int) -> None:

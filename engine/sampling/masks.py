@@ -1,12 +1,15 @@
-"""Which tokens each constrained request may choose next, found out while the step that chooses runs.
+"""What each constrained request may say next: tokens that were chosen freely are checked, and others chosen again.
 
-    loop         | fill arrays, begin ------------- program.step ----------------- finish | update |
-    mask threads          | take in new tokens, write mask, set ready | next request |
-    sampler                                                  wait for ready, choose
+    loop         | fill arrays | program.step, freely | check each token | choose again  | update |
+    mask threads                                                        | where refused |
 
-As many threads make masks as compute the step: they take its processors from it, and it had better lose as much of
-each. A request's grammar is compiled in a further thread, before the request is scheduled, so that no step waits for
-that. The library lets go of the interpreter's lock while it compiles and while it makes a mask.
+A model nearly always chooses what its form allows, and to check one token costs a small part of what it costs to find
+out about all of them. So a mask is made only where the grammar refuses a token, and the token is chosen again from the
+logits that the program has kept (SamplingArrays says why that leaves the distribution as it is). As many threads do so
+as compute a step: they are its processors.
+
+A request's grammar is compiled in a further thread, before the request is scheduled, so that no step waits for that.
+The library lets go of the interpreter's lock while it compiles and while it makes a mask.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -54,30 +57,45 @@ class Vocabulary(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Constraint:
-    """A live request's grammar. Between `begin` and `finish` it belongs to a mask thread."""
+    """A live request's grammar. Within `settle` it may belong to a mask thread."""
 
     request: Request
     compiled: Future[LLMatcher]
     num_consumed: int  # output tokens that the matcher has taken in
-    seconds: float = 0.0  # of a processor, for its masks
+    seconds: float = 0.0  # of a processor
     error: SeraphError | None = None  # why it can go on no longer
 
 
 @dataclass(slots=True)
 class Rows:
-    """What one request's masks of one step are made of."""
+    """One request's rows of a step: its next token and, after each that was guessed, what would follow it."""
 
     request_id: str
     first_row: int
-    num_output: int
-    new: Sequence[int]  # output tokens since the last step
-    draft: Sequence[int]  # guessed to follow: a further row for each
+    num_output: int  # tokens of the answer before this step
+    draft: Sequence[int]
     stop_token_ids: frozenset[int]
-    constraint: Constraint = field(init=False)
+    num_settled: int = 0  # rows whose tokens the grammar allows; those after a wrong guess count for nothing
+    num_masks: int = 0
+    seconds: float = 0.0  # of a processor
+
+    @property
+    def row(self) -> int:
+        """The first that is not settled."""
+        return self.first_row + self.num_settled
+
+    def settle(self, token: int) -> bool:
+        """Enter an allowed token; whether a further row depends on it."""
+        self.num_settled += 1
+        return self.num_settled <= len(self.draft) and self.draft[self.num_settled - 1] == token
+
+
+ChooseAgain = Callable[[int, NDArray[np.uint32]], int]
+"""`Program.choose_again`: row and mask to token, -1 where none is left."""
 
 
 class Grammars:
-    """The grammars of live requests, and the masks of one step. Driven from one thread.
+    """The grammars of live requests. Driven from one thread.
 
     `vocabulary` is asked for when the first grammar comes. `num_rows` bounds the rows of a step, which `threads`
     compute.
@@ -92,10 +110,9 @@ class Grammars:
         num_rows: int,
         threads: int = 1,
     ) -> None:
-        self.masks = np.zeros((num_rows, -(-vocab_size // 32)), np.uint32)
-        self.ready = np.zeros(num_rows, np.int32)  # the sampler waits for a row's 1
-        self.mask_seconds = 0.0  # total time of a processor
+        self.seconds = 0.0  # total time of a processor, for checks and masks
         self.num_masks = 0
+        self._masks = np.zeros((num_rows, -(-vocab_size // 32)), np.uint32)
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -104,9 +121,8 @@ class Grammars:
         self._live: dict[str, Constraint] = {}
         self._preparing: dict[str, Constraint] = {}
         self._compile_thread: ThreadPoolExecutor | None = None
-        self._num_mask_threads = min(threads, MAX_MASK_THREADS)
-        self._mask_threads: ThreadPoolExecutor | None = None
-        self._under_way: list[Future[tuple[int, float]]] = []
+        self._num_threads = min(threads, MAX_MASK_THREADS)
+        self._mask_threads: ThreadPoolExecutor | None = None  # beside the one that drives this
 
     # A request's life
 
@@ -114,7 +130,8 @@ class Grammars:
         """Begin to compile a request's grammar; it must stay out of every step until `take_prepared` names it."""
         if self._compile_thread is None:
             self._compile_thread = _threads(1, "grammar-compile")
-            self._mask_threads = _threads(self._num_mask_threads, "grammar-mask")
+            if self._num_threads > 1:
+                self._mask_threads = _threads(self._num_threads - 1, "grammar-mask")
         compiled = self._compile_thread.submit(self._compile, request)
         constraint = Constraint(request, compiled, num_consumed=len(request.output_token_ids))
         self._live[request.request_id] = self._preparing[request.request_id] = constraint
@@ -144,10 +161,6 @@ class Grammars:
     def __len__(self) -> int:
         return len(self._live)
 
-    def num_consumed(self, request_id: str) -> int:
-        """Output tokens of a request that its matcher has taken in, or is about to."""
-        return self._live[request_id].num_consumed
-
     def close(self) -> None:
         """End the threads. Idempotent."""
         for threads in (self._compile_thread, self._mask_threads):
@@ -156,75 +169,101 @@ class Grammars:
 
     # A step
 
-    def begin(self, rows: list[Rows]) -> None:
-        """Have the masks of a step made: `masks` and `ready`, from each request's first row on."""
-        assert self._mask_threads is not None and not self._under_way
-        for each in rows:
-            constraint = each.constraint = self._live[each.request_id]
-            constraint.num_consumed += len(each.new)
-            self.ready[each.first_row : each.first_row + 1 + len(each.draft)] = 0
-        step = iter(rows)  # the threads share it; the interpreter's lock makes taking one atomic
-        num_threads = min(self._num_mask_threads, len(rows))
-        self._under_way = [self._mask_threads.submit(self._make, step) for _ in range(num_threads)]
+    def settle(self, rows: list[Rows], tokens: list[int], choose_again: ChooseAgain) -> None:
+        """Have the tokens that a step chose taken in, and others chosen in place of those that are refused.
 
-    def finish(self) -> None:
-        """Wait until no thread writes masks any more."""
-        under_way, self._under_way = self._under_way, []
-        for each in under_way:
-            num_masks, seconds = each.result()
-            self.num_masks += num_masks
-            self.mask_seconds += seconds
-
-    def _make(self, step: Iterator[Rows]) -> tuple[int, float]:
-        """Masks of requests that no other thread has taken; how many, and in how much time of a processor."""
-        num_masks, began = 0, time.thread_time()
-        for rows in step:
-            constraint = rows.constraint
-            started = time.thread_time()
-            try:
-                if constraint.error is None:
-                    num_masks += self._make_rows(rows, constraint.compiled.result())
-            except Exception as error:  # whatever it is, it must end this request alone and let the sampler go on
-                logger.exception("request %s: its grammar failed", rows.request_id)
-                constraint.error = EngineError(f"The grammar failed: {type(error).__name__}: {error}")
-            # Rows that were not made: of a grammar that failed, and after a guess that is forbidden.
-            for row in range(rows.first_row, rows.first_row + len(rows.draft) + 1):
-                if not self.ready[row]:
-                    self.masks[row] = 0
-                    self.ready[row] = 1
-            constraint.seconds += time.thread_time() - started
-            if constraint.seconds > MASK_SECONDS + MASK_SECONDS_PER_TOKEN * rows.num_output:
-                constraint.error = RequestError("The grammar of the answer takes too long.")
-        return num_masks, time.thread_time() - began
-
-    def _make_rows(self, rows: Rows, matcher: LLMatcher) -> int:
-        """One mask, and one after each guess that the grammar allows, for what follows others is never chosen.
-
-        Returns their number.
+        `tokens` holds one for each row of the step. The first of a request that can go on no longer becomes -1, and
+        `forget` says why. What is settled must be entered: a grammar does not go back.
         """
-        constraint, sampling = rows.constraint, rows.constraint.request.sampling
-        if rows.new and not matcher.consume_tokens(list(rows.new)):
-            constraint.error = RequestError(f"The grammar did not take the tokens of the answer: {matcher.get_error()}")
-            return 0
-        num_ahead = 0
-        for ahead in range(len(rows.draft) + 1):
-            row = rows.first_row + ahead
-            mask = self.masks[row]
+        refused = [each for each in rows if not self._follow(each, tokens)]
+        if refused:
+            step = iter(refused)  # the threads share it; the interpreter's lock makes taking one atomic
+            others = []
+            if self._mask_threads is not None:
+                count = min(self._num_threads, len(refused)) - 1
+                others = [self._mask_threads.submit(self._choose, step, tokens, choose_again) for _ in range(count)]
+            try:
+                self._choose(step, tokens, choose_again)
+            finally:
+                wait(others)
+        self.num_masks += sum(each.num_masks for each in refused)
+        self.seconds += sum(each.seconds for each in rows)
+
+    def _follow(self, rows: Rows, tokens: list[int]) -> bool:
+        """Take in a request's tokens as far as its grammar allows them; False where it refuses one that counts."""
+        constraint = self._live.get(rows.request_id)
+        if constraint is None:  # aborted while the step ran
+            return True
+        began = time.thread_time()
+        try:
+            if constraint.error is not None:
+                raise constraint.error
+            matcher = constraint.compiled.result()
+            known = rows.num_output + rows.num_settled
+            if constraint.num_consumed != known:
+                raise RuntimeError(f"it has taken in {constraint.num_consumed} tokens of {known}")
+            goes_on = True
+            while goes_on and (token := tokens[rows.row]) >= 0:
+                if self._too_early(constraint, rows) and token in rows.stop_token_ids:
+                    return False
+                if not self._take(matcher, token):
+                    _must(not matcher.is_error(), matcher)
+                    return False
+                constraint.num_consumed += 1
+                goes_on = rows.settle(token)
+        except Exception as error:
+            self._fail(constraint, rows, tokens, error)
+        finally:
+            _charge(constraint, rows, time.thread_time() - began)
+        return True
+
+    def _take(self, matcher: LLMatcher, token: int) -> bool:
+        """Take a token in, if the grammar allows it."""
+        if token in self._eos_token_ids:  # which has no bytes to try
+            return matcher.is_accepting() and matcher.consume_token(token)
+        return matcher.try_consume_tokens([token]) == 1
+
+    def _choose(self, step: Iterator[Rows], tokens: list[int], choose_again: ChooseAgain) -> None:
+        """Choose again for requests that no other thread has taken, each from the row on that was refused."""
+        for rows in step:
+            while self._choose_one(rows, tokens, choose_again) and not self._follow(rows, tokens):
+                pass
+
+    def _choose_one(self, rows: Rows, tokens: list[int], choose_again: ChooseAgain) -> bool:
+        """Put a token in place of the one that was refused; whether a further row depends on it."""
+        constraint = self._live[rows.request_id]
+        began = time.thread_time()
+        try:
+            matcher, mask = constraint.compiled.result(), self._masks[rows.row]
+            rows.num_masks += 1
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            if matcher.is_error():
-                constraint.error = RequestError(f"The grammar of the answer failed: {matcher.get_error()}")
-                return ahead
-            if rows.num_output + ahead < sampling.min_tokens:
+            _must(not matcher.is_error(), matcher)
+            if self._too_early(constraint, rows):
                 _forbid(mask, rows.stop_token_ids)
-            self.ready[row] = 1
-            if ahead == len(rows.draft) or rows.draft[ahead] in self._eos_token_ids:
-                break
-            if matcher.try_consume_tokens([rows.draft[ahead]]) == 0:
-                break
-            num_ahead += 1
-        if num_ahead and not matcher.rollback(num_ahead):
-            constraint.error = EngineError(f"The grammar could not be rolled back: {matcher.get_error()}")
-        return ahead + 1
+            token = tokens[rows.row] = choose_again(rows.row, mask)
+            if token >= 0:
+                _must(matcher.consume_token(token), matcher)
+                constraint.num_consumed += 1
+                return rows.settle(token)
+        except Exception as error:
+            self._fail(constraint, rows, tokens, error)
+        finally:
+            _charge(constraint, rows, time.thread_time() - began)
+        return False
+
+    @staticmethod
+    def _too_early(constraint: Constraint, rows: Rows) -> bool:
+        """Whether the answer must not stop yet."""
+        return rows.num_output + rows.num_settled < constraint.request.sampling.min_tokens
+
+    @staticmethod
+    def _fail(constraint: Constraint, rows: Rows, tokens: list[int], error: Exception) -> None:
+        """Whatever it is, it must end this request alone."""
+        if not isinstance(error, SeraphError):
+            logger.exception("request %s: its grammar failed", rows.request_id)
+            error = EngineError(f"The grammar failed: {type(error).__name__}: {error}")
+        constraint.error = error
+        tokens[rows.row] = -1
 
     # Compiling
 
@@ -252,6 +291,19 @@ class Grammars:
         if request.output_token_ids and not matcher.consume_tokens(list(request.output_token_ids)):
             raise RequestError(f"The grammar does not allow output_token_ids: {matcher.get_error()}")
         return matcher
+
+
+def _must(done: bool, matcher: LLMatcher) -> None:
+    if not done:
+        raise RequestError(f"The grammar of the answer failed: {matcher.get_error()}")
+
+
+def _charge(constraint: Constraint, rows: Rows, seconds: float) -> None:
+    """Count time of a processor; an answer that has taken too much ends with its next token."""
+    rows.seconds += seconds
+    constraint.seconds += seconds
+    if constraint.error is None and constraint.seconds > MASK_SECONDS + MASK_SECONDS_PER_TOKEN * rows.num_output:
+        constraint.error = RequestError("The grammar of the answer takes too long.")
 
 
 def _error_of(compiled: Future[LLMatcher]) -> SeraphError | None:

@@ -74,10 +74,10 @@ class Runner:
         self._gathered: list[int] = []  # the slots whose rows _step_how holds
         self._position = np.zeros(rows, np.int32)
         self._no_starts = np.zeros(rows + 1, np.int32)
-        # Of so many rows without penalties and bias, some of them masked or none, over the arrays here.
+        # Of so many rows without penalties and bias, some of them with a grammar or none, over the arrays here.
         self._plain: dict[tuple[int, bool], SamplingArrays] = {}
         self._grammars = grammars  # None: no request has one
-        self._mask_rows = np.zeros(rows, np.int32)
+        self._again = np.zeros(rows, np.int32)
 
     def run(self, plan: Plan) -> list[int]:
         """Compute the plan; returns the tokens of each of its items that samples (`Scheduled.num_rows`), in order.
@@ -88,17 +88,15 @@ class Runner:
         batch = self._fill(plan.items)
         started = self._clock()
         try:
-            self._begin_masks(plan.items)
             if plan.copies:
                 pairs = [(copy.source, copy.target) for copy in plan.copies]
                 self.program.copy_blocks(np.array(pairs, np.int32))
-            chosen = self.program.step(batch)
+            tokens: list[int] = self.program.step(batch).tolist()
+            if self._grammars is not None and len(self._grammars):
+                self._grammars.settle(self._constrained(plan.items), tokens, self.program.choose_again)
         finally:
             self.step_seconds += self._clock() - started
             self.num_steps += 1
-            if self._grammars is not None:
-                self._grammars.finish()
-        tokens: list[int] = chosen.tolist()
         return tokens if batch.logprobs is None else _hand_out(plan, tokens, batch.logprobs)
 
     def _fill(self, items: list[Scheduled]) -> StepBatch:
@@ -155,22 +153,18 @@ class Runner:
             logprobs=_logprob_arrays(items) if any_wanted else None,
         )
 
-    def _begin_masks(self, items: list[Scheduled]) -> None:
-        """Have the masks made of those rows that need one: row r of the step is row r of the masks."""
-        if self._grammars is None or not len(self._grammars):
-            return
+    @staticmethod
+    def _constrained(items: list[Scheduled]) -> list[Rows]:
+        """The rows whose tokens a grammar has to allow."""
         constrained: list[Rows] = []
         row = 0
         for item in items:
             seq, request = item.seq, item.seq.request
             row += item.num_scored
             if request.grammar is not None and item.samples:
-                known = seq.num_prompt + self._grammars.num_consumed(request.request_id)
-                new = seq.tokens[known:]
-                constrained.append(Rows(request.request_id, row, seq.num_output, new, item.draft, seq.stop_token_ids))
+                constrained.append(Rows(request.request_id, row, seq.num_output, item.draft, seq.stop_token_ids))
             row += item.num_rows
-        if constrained:
-            self._grammars.begin(constrained)
+        return constrained
 
     def _refresh(self, seq: Sequence) -> None:
         """Bring the slot of `seq` up to date with the blocks it got since it was last here."""
@@ -193,15 +187,14 @@ class Runner:
             self._gathered = numbers
         self._position[:num_rows] = [len(seq.tokens) + len(ahead or ()) for seq, ahead in rows]
         slots = [self._slots[number] for number in numbers]
-        masked = any(slot.masked for slot in slots)
-        if masked:  # but for tokens that are given, which nobody makes masks for
-            self._mask_rows[:num_rows] = [
-                row if slot.masked and ahead is not None else -1
-                for row, (slot, (_, ahead)) in enumerate(zip(slots, rows, strict=True))
+        constrained = any(slot.constrained for slot in slots)
+        if constrained:  # but for tokens that are given, which stay
+            self._again[:num_rows] = [
+                slot.constrained and ahead is not None for slot, (_, ahead) in zip(slots, rows, strict=True)
             ]
         plain = not any(slot.penalized or slot.biased for slot in slots)
-        if plain and (num_rows, masked) in self._plain:
-            return self._plain[num_rows, masked]
+        if plain and (num_rows, constrained) in self._plain:
+            return self._plain[num_rows, constrained]
 
         history_starts = history_output_starts = self._no_starts
         history_tokens = _NO_INTS
@@ -240,12 +233,10 @@ class Runner:
             bias_starts=bias_starts[: num_rows + 1],
             bias_tokens=bias_tokens,
             bias_values=bias_values,
-            mask_rows=self._mask_rows[:num_rows] if masked else None,
-            masks=self._grammars.masks if masked and self._grammars is not None else None,
-            mask_ready=self._grammars.ready if masked and self._grammars is not None else None,
+            again=self._again[:num_rows] if constrained else None,
         )
         if plain:
-            self._plain[num_rows, masked] = arrays
+            self._plain[num_rows, constrained] = arrays
         return arrays
 
 
@@ -295,7 +286,7 @@ class _Slot:
 
     __slots__ = (
         *("_bad_words", "_bias", "_early_bias", "_history", "_num_history", "_vocab_size"),
-        *("biased", "masked", "num_blocks", "penalized", "residency"),
+        *("biased", "constrained", "num_blocks", "penalized", "residency"),
     )
 
     def __init__(self, vocab_size: int) -> None:
@@ -304,7 +295,7 @@ class _Slot:
         self.num_blocks = 0
         self.penalized = False
         self.biased = False
-        self.masked = False  # it has a grammar
+        self.constrained = False  # by a grammar
         self._history = _NO_INTS  # grown by doubling; the first _num_history entries count
         self._num_history = 0
         self._bias = self._early_bias = (_NO_INTS, _NO_FLOATS)
@@ -323,8 +314,8 @@ class _Slot:
         bias |= dict.fromkeys(self._bad_words.single, -np.inf)
         self._bias = _bias_arrays(bias)
         self._early_bias = self._bias
-        self.masked = seq.request.grammar is not None
-        if seq.num_output < sampling.min_tokens and not self.masked:  # with a grammar, its masks forbid them
+        self.constrained = seq.request.grammar is not None
+        if seq.num_output < sampling.min_tokens and not self.constrained:  # a grammar may allow nothing else
             self._early_bias = _bias_arrays(bias | dict.fromkeys(seq.stop_token_ids, -np.inf))
         if sampling.allowed_token_ids is not None:
             others = _all_but(sampling.allowed_token_ids, self._vocab_size)

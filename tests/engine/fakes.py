@@ -7,13 +7,13 @@ changes the tokens, and a test sees it by comparing with `expected_output`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.batch import Int32, LogprobArrays, StepBatch
-from engine.kernels.validate import check_batch
+from engine.kernels.batch import Int32, LogprobArrays, StepBatch, UInt32
+from engine.kernels.validate import check_again, check_batch
 from engine.models.spec import DecoderSpec, RopeSpec
 from engine.request import Request, SamplingParams
 
@@ -53,6 +53,7 @@ class FakeProgram:
         self.batches: list[tuple[int, int]] = []  # (tokens, requests) of each step
         self.closed = False
         self._memory = np.full((num_blocks, BLOCK_SIZE), -1, np.int32)
+        self._last: tuple[StepBatch, list[list[int]]] | None = None  # and the context of each row
 
     def step(self, batch: StepBatch) -> Int32:
         check_batch(self.spec, batch, self.num_blocks, previous_rows=0)
@@ -68,17 +69,30 @@ class FakeProgram:
         assert len(set(slots)) == len(slots), "two tokens of one step share a KV slot"
         self._memory[blocks, batch.positions % BLOCK_SIZE] = batch.token_ids
         chosen = []
+        contexts: list[list[int]] = []
+        self._last = batch, contexts
         for row, index in enumerate(batch.logits_rows.tolist()):
             position = int(batch.positions[index])
             table = tables[owners[index], : position // BLOCK_SIZE + 1]
             context = self._memory[table].reshape(-1)[: position + 1].tolist()
+            contexts.append(context)
             given = -1 if batch.logprobs is None else int(batch.logprobs.targets[row])
             chosen.append(given if given >= 0 else self._sample(batch, row, context))
             if batch.logprobs is not None and batch.logprobs.counts[row] >= 0:
                 score(batch.logprobs, row, context, chosen[-1])
         return np.array(chosen, np.int32)
 
-    def _sample(self, batch: StepBatch, row: int, context: list[int]) -> int:
+    def choose_again(self, row: int, mask: UInt32) -> int:
+        assert self._last is not None
+        batch, contexts = self._last
+        check_again(batch.sampling, row, mask, self.spec.vocab_size)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=self.spec.vocab_size)
+        token = self._sample(batch, row, contexts[row], np.flatnonzero(bits == 0).tolist()) if bits.any() else -1
+        if batch.logprobs is not None and batch.logprobs.counts[row] >= 0:
+            score(batch.logprobs, row, contexts[row], token)
+        return token
+
+    def _sample(self, batch: StepBatch, row: int, context: list[int], forbidden: Sequence[int] = ()) -> int:
         s = batch.sampling
         assert s is not None
         start, end = s.history_starts[row : row + 2].tolist()
@@ -87,6 +101,7 @@ class FakeProgram:
         bias: dict[int, float] = {}
         for token, value in zip(s.bias_tokens[b0:b1].tolist(), s.bias_values[b0:b1].tolist(), strict=True):
             bias[token] = bias.get(token, 0.0) + value
+        bias |= dict.fromkeys(forbidden, -np.inf)
         numbers = (
             *(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty),
             *(s.presence_penalty, s.frequency_penalty, s.seed, s.choice, s.position),

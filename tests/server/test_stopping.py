@@ -40,8 +40,8 @@ def server(model: Path) -> Iterator[LiveServer]:
         yield running
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20.0
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
 
@@ -106,7 +106,8 @@ def test_a_peer_that_reads_nothing_does_not_delay_it(server: LiveServer) -> None
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
         peer.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         assert peer.recv(12) == b"HTTP/1.1 200"
-        wait_for(lambda: 'seraph_engine_num_running{model="tiny"} 0.0' in httpx.get(f"{server.base_url}/metrics").text)
+        all_computed = 'seraph_engine_num_running{model="tiny"} 0.0'
+        wait_for(lambda: all_computed in httpx.get(f"{server.base_url}/metrics").text, 120.0)  # thousands of steps
         logged = stop_twice(server, signal.SIGINT)
     check_log(logged, "SIGINT again: stopping at once, requests cut off: 1")
 

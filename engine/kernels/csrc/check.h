@@ -24,7 +24,7 @@ bool fits(const Logprobs& wanted, int rows, int vocab);
 
 // Sizes of the arrays whose lengths their starts tell.
 struct SamplingSizes {
-    int64_t history, bias, masks;
+    int64_t history, bias;
 };
 
 // Each array of `how` has one entry for each of `rows` rows, starts one more.

@@ -72,6 +72,9 @@ class Decoder {
     // Computes one step. Token ids below 0 refer to `previous`, the tokens that the step before chose.
     void run(const Step& step, const int32_t* previous);
 
+    // The last step's logits of a row that the sampler was to keep, float32 [vocab].
+    const float* kept_logits(int row) const { return logits_.data() + row * logits_stride_; }
+
     // Copies blocks, [n] pairs of (from, to).
     void copy_blocks(const int32_t* pairs, int n);
 

@@ -76,9 +76,7 @@ struct PySampling {
     Array<const uint64_t> seed;
     Ints choice, position, history_starts, history_output_starts, history_tokens, bias_starts, bias_tokens;
     Floats bias_values;
-    std::optional<Ints> mask_rows;
-    std::optional<Array<const uint32_t>> masks;
-    std::optional<Ints> mask_ready;
+    std::optional<Ints> again;
 
     Sampling view() const {
         return {temperature.data(),
@@ -97,9 +95,7 @@ struct PySampling {
                 bias_starts.data(),
                 bias_tokens.data(),
                 bias_values.data(),
-                mask_rows ? mask_rows->data() : nullptr,
-                masks ? masks->data() : nullptr,
-                mask_ready ? mask_ready->data() : nullptr};
+                again ? again->data() : nullptr};
     }
 
     bool fits(int rows, int vocab) const {
@@ -112,15 +108,11 @@ struct PySampling {
             if (!shaped(*each, rows))
                 return false;
         }
-        const int64_t num_masks = length(masks);
         return shaped(seed, rows) && shaped(history_starts, rows + 1) && shaped(bias_starts, rows + 1) &&
                shaped(history_tokens, history_tokens.size()) && shaped(bias_tokens, bias_tokens.size()) &&
-               shaped(bias_values, bias_tokens.size()) && (!mask_rows || shaped(*mask_rows, rows)) &&
-               (!mask_rows || !masks || shaped(*masks, num_masks, (vocab + 31) / 32)) &&
-               (!mask_rows || !mask_ready || shaped(*mask_ready, num_masks)) &&
-               seraph::fits(
-                   view(), rows, vocab,
-                   {static_cast<int64_t>(history_tokens.size()), static_cast<int64_t>(bias_tokens.size()), num_masks});
+               shaped(bias_values, bias_tokens.size()) && (!again || shaped(*again, rows)) &&
+               seraph::fits(view(), rows, vocab,
+                            {static_cast<int64_t>(history_tokens.size()), static_cast<int64_t>(bias_tokens.size())});
     }
 };
 
@@ -272,6 +264,26 @@ class Program {
               wanted ? std::optional(*wanted) : std::nullopt);
         previous_.assign(step.chosen, step.chosen + (sampling ? step.num_rows : 0));
         return true;
+    }
+
+    // Arrays of the last step; another thread may ask for another row.
+    int32_t choose_again(const PySampling& sampling, const PyLogprobs* wanted, std::optional<Array<float>> logits,
+                         int row, Array<const uint32_t> mask) {
+        const Decoder& decoder = open();
+        const int rows = static_cast<int>(previous_.size());
+        if (row < 0 || row >= rows || !sampling.fits(rows, shape_.vocab) || !sampling.again ||
+            !sampling.again->data()[row] || !shaped(mask, (shape_.vocab + 31) / 32) ||
+            (logits && !shaped(*logits, rows, shape_.vocab)) || (wanted && !wanted->fits(rows, shape_.vocab)))
+            throw std::invalid_argument("choose_again: not what the last step was asked");
+        const float* kept = logits ? logits->data() + int64_t{row} * shape_.vocab : decoder.kept_logits(row);
+        const Sampling how = sampling.view();
+        const Logprobs logprobs = wanted ? wanted->view() : Logprobs{};
+        nb::gil_scoped_release release;
+        thread_local SamplerScratch scratch;
+        const int32_t chosen = sample_row(how, row, kept, shape_.vocab, scratch, mask.data());
+        if (wanted && logprobs.wants(row))
+            write_logprobs(logprobs, row, chosen, kept, shape_.vocab);
+        return previous_[static_cast<size_t>(row)] = chosen;
     }
 
     void copy_blocks(Ints pairs) {
@@ -512,17 +524,21 @@ void matmul(const PackedMatrix& packed, Floats x, int rows, Array<float> y) {
     }
 }
 
-// One token for each row of logits float32 [rows, vocab].
-void sample(Floats logits, const PySampling& how, Array<int32_t> chosen) {
+// One token for each row of logits float32 [rows, vocab]; with masks, uint32 [rows, vocab / 32], the one drawn again.
+void sample(Floats logits, const PySampling& how, Array<int32_t> chosen, std::optional<Array<const uint32_t>> masks) {
     const int rows = static_cast<int>(chosen.size());
     if (rows < 1 || logits.size() % chosen.size() != 0)
         throw std::invalid_argument("sample: shapes do not fit");
-    const int vocab = static_cast<int>(logits.size() / chosen.size());
+    const int vocab = static_cast<int>(logits.size() / chosen.size()), words = (vocab + 31) / 32;
+    if (masks && !shaped(*masks, rows, words))
+        throw std::invalid_argument("sample: the masks' shape does not fit");
     const Sampling sampling = how.view();
     nb::gil_scoped_release release;
     SamplerScratch scratch;
     for (int r = 0; r < rows; ++r) {
-        chosen.data()[r] = sample_row(sampling, r, logits.data() + static_cast<int64_t>(r) * vocab, vocab, scratch);
+        const uint32_t* mask = masks ? masks->data() + static_cast<int64_t>(r) * words : nullptr;
+        chosen.data()[r] =
+            sample_row(sampling, r, logits.data() + static_cast<int64_t>(r) * vocab, vocab, scratch, mask);
     }
 }
 
@@ -586,8 +602,7 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("normalize_experts"));
     nb::class_<PySampling>(m, "Sampling")
         .def(nb::init<Floats, Ints, Floats, Floats, Floats, Floats, Floats, Array<const uint64_t>, Ints, Ints, Ints,
-                      Ints, Ints, Ints, Ints, Floats, std::optional<Ints>, std::optional<Array<const uint32_t>>,
-                      std::optional<Ints>>(),
+                      Ints, Ints, Ints, Ints, Floats, std::optional<Ints>>(),
              nb::arg("temperature").noconvert(), nb::arg("top_k").noconvert(), nb::arg("top_p").noconvert(),
              nb::arg("min_p").noconvert(), nb::arg("repetition_penalty").noconvert(),
              nb::arg("presence_penalty").noconvert(), nb::arg("frequency_penalty").noconvert(),
@@ -595,8 +610,7 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("history_starts").noconvert(), nb::arg("history_output_starts").noconvert(),
              nb::arg("history_tokens").noconvert(), nb::arg("bias_starts").noconvert(),
              nb::arg("bias_tokens").noconvert(), nb::arg("bias_values").noconvert(),
-             nb::arg("mask_rows").noconvert().none(), nb::arg("masks").noconvert().none(),
-             nb::arg("mask_ready").noconvert().none());
+             nb::arg("again").noconvert().none());
     nb::class_<PyLogprobs>(m, "Logprobs")
         .def(nb::init<Ints, Ints, Array<int32_t>, Array<float>, Array<int32_t>>(), nb::arg("counts").noconvert(),
              nb::arg("targets").noconvert(), nb::arg("tokens").noconvert(), nb::arg("logprobs").noconvert(),
@@ -618,6 +632,8 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("logits_rows").noconvert(), nb::arg("causal"), nb::arg("sampling").none(),
              nb::arg("logprobs").none(), nb::arg("logits").noconvert().none(), nb::arg("hidden").noconvert().none(),
              nb::arg("chosen").noconvert())
+        .def("choose_again", &Program::choose_again, nb::arg("sampling"), nb::arg("logprobs").none(),
+             nb::arg("logits").noconvert().none(), nb::arg("row"), nb::arg("mask").noconvert())
         .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
         .def("profile", &Program::profile, nb::arg("on"))
         .def("phase_seconds", &Program::phase_seconds)
@@ -646,7 +662,7 @@ NB_MODULE(SERAPH_MODULE, m) {
         .def("stalled", &EncoderProgram::stalled)
         .def("close", &EncoderProgram::close, nb::call_guard<nb::gil_scoped_release>());
     m.def("matmul", &matmul, nb::arg("matrix"), nb::arg("x"), nb::arg("rows"), nb::arg("y"));
-    m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"));
+    m.def("sample", &sample, nb::arg("logits"), nb::arg("how"), nb::arg("chosen"), nb::arg("masks") = nb::none());
     m.def("logprobs", &logprobs, nb::arg("logits"), nb::arg("wanted"));
     m.def("time_matmul", &time_matmul, nb::arg("matrix"), nb::arg("copies"), nb::arg("m"), nb::arg("turns"),
           nb::arg("threads"));
@@ -659,7 +675,7 @@ NB_MODULE(SERAPH_MODULE, m) {
     m.def("float32_rate", &float32_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("bf16_rate", &bf16_rate, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("cpu_supports", &cpu_supports, nb::arg("isa"));
-    m.def("uniform", &uniform, nb::arg("seed"), nb::arg("choice"), nb::arg("position"));
+    m.def("uniform", &uniform, nb::arg("seed"), nb::arg("choice"), nb::arg("position"), nb::arg("again") = 0);
 }
 
 } // namespace seraph

@@ -1,10 +1,8 @@
 #include "sampler.h"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
-#include <thread>
 
 #include "candidates.h"
 #include "simd.h"
@@ -13,7 +11,7 @@ namespace seraph {
 namespace {
 
 // Penalties, bias and mask; what is not finite afterwards is forbidden.
-void adjust(const Sampling& how, int r, float* logits, int vocab, std::vector<int32_t>& counts) {
+void adjust(const Sampling& how, int r, float* logits, int vocab, std::vector<int32_t>& counts, const uint32_t* mask) {
     const int begin = how.history_starts[r], output = how.history_output_starts[r], end = how.history_starts[r + 1];
     const float repetition = how.repetition_penalty[r];
     for (int i = begin; i < end; ++i) {
@@ -34,25 +32,15 @@ void adjust(const Sampling& how, int r, float* logits, int vocab, std::vector<in
     }
     for (int i = how.bias_starts[r]; i < how.bias_starts[r + 1]; ++i)
         logits[how.bias_tokens[i]] += how.bias_values[i];
-    if (how.mask_rows && how.mask_rows[r] >= 0) {
-        const int m = how.mask_rows[r];
-        if (how.mask_ready) {
-            std::atomic_ref<int32_t> ready(const_cast<int32_t&>(how.mask_ready[m]));
-            while (ready.load(std::memory_order_acquire) == 0)
-                std::this_thread::yield();
-        }
-        const uint32_t* mask = how.masks + static_cast<int64_t>(m) * ((vocab + 31) / 32);
-        for (int t = 0; t < vocab; ++t) {
-            if (!(mask[t / 32] >> (t % 32) & 1u))
-                logits[t] = kMinusInf;
-        }
+    for (int t = 0; mask && t < vocab; ++t) {
+        if (!(mask[t / 32] >> (t % 32) & 1u))
+            logits[t] = kMinusInf;
     }
 }
 
-// Whether logits go through adjust(): without a history, a bias or a mask it would leave them as they are.
+// Whether logits go through adjust() even without a mask: it would leave them as they are.
 bool adjusted(const Sampling& how, int r) {
-    return how.history_starts[r + 1] > how.history_starts[r] || how.bias_starts[r + 1] > how.bias_starts[r] ||
-           (how.mask_rows && how.mask_rows[r] >= 0);
+    return how.history_starts[r + 1] > how.history_starts[r] || how.bias_starts[r + 1] > how.bias_starts[r];
 }
 
 } // namespace
@@ -112,11 +100,11 @@ void better_of(const float* logits, int count, int first, Best& best) {
 }
 
 bool takes_best(const Sampling& how, int r) {
-    return how.temperature[r] == 0 && !adjusted(how, r);
+    return how.temperature[r] == 0 && !adjusted(how, r) && !(how.again && how.again[r]);
 }
 
-double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
-    uint32_t c[4] = {position, choice, 0, 0};
+double uniform(uint64_t seed, uint32_t choice, uint32_t position, uint32_t again) {
+    uint32_t c[4] = {position, choice, again, 0};
     uint32_t k[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
     for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
@@ -129,12 +117,13 @@ double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
     return static_cast<double>(c[0] >> 8) * 0x1p-24;
 }
 
-int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, SamplerScratch& scratch) {
-    if (adjusted(how, r)) {
+int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, SamplerScratch& scratch,
+                   const uint32_t* mask) {
+    if (mask || adjusted(how, r)) {
         scratch.logits.resize(static_cast<size_t>(vocab));
         scratch.counts.resize(static_cast<size_t>(vocab));
         std::copy_n(logits, vocab, scratch.logits.data());
-        adjust(how, r, scratch.logits.data(), vocab, scratch.counts);
+        adjust(how, r, scratch.logits.data(), vocab, scratch.counts, mask);
         logits = scratch.logits.data();
     }
     const int32_t top = best_of(logits, vocab).token;
@@ -151,8 +140,8 @@ int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, S
         left.keep_mass(static_cast<double>(how.top_p[r]));
     if (select && how.min_p[r] > 0)
         left.drop_below(how.min_p[r]);
-    return left.draw(
-        uniform(how.seed[r], static_cast<uint32_t>(how.choice[r]), static_cast<uint32_t>(how.position[r])));
+    return left.draw(uniform(how.seed[r], static_cast<uint32_t>(how.choice[r]), static_cast<uint32_t>(how.position[r]),
+                             mask ? 1 : 0));
 }
 
 } // namespace seraph

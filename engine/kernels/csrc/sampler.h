@@ -17,9 +17,7 @@ struct Sampling {
     const int32_t *history_starts, *history_output_starts, *history_tokens;
     const int32_t *bias_starts, *bias_tokens;
     const float* bias_values;
-    const int32_t* mask_rows; // null: no masks
-    const uint32_t* masks;
-    const int32_t* mask_ready; // null: every mask is ready
+    const int32_t* again; // null: no row
 };
 
 // Scratch of one thread.
@@ -54,11 +52,13 @@ void better_of(const float* logits, int count, int first, Best& best);
 // Whether row r takes the best of its raw logits, so that nothing but the best of each part of them needs to be kept.
 bool takes_best(const Sampling& how, int r);
 
-// The token of row r, whose raw logits are float32 [vocab]; -1 where every token is forbidden.
-int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, SamplerScratch& scratch);
+// The token of row r, whose raw logits are float32 [vocab]; -1 where every token is forbidden. With a mask, of one bit
+// a token, it is the one that is drawn again.
+int32_t sample_row(const Sampling& how, int r, const float* logits, int vocab, SamplerScratch& scratch,
+                   const uint32_t* mask = nullptr);
 
 // u in [0, 1), a multiple of 2^-24 that depends on nothing but its arguments: Philox4x32-10 (Salmon et al., SC'11)
-// with the seed as key and (position, choice, 0, 0) as counter.
-double uniform(uint64_t seed, uint32_t choice, uint32_t position);
+// with the seed as key and (position, choice, again, 0) as counter.
+double uniform(uint64_t seed, uint32_t choice, uint32_t position, uint32_t again);
 
 } // namespace seraph

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from engine.config import KV_DTYPES
 from engine.errors import ConfigError
 from engine.kernels import available_isas, create_program, select_isa
-from engine.kernels.batch import Float32, Int32, Program, SamplingArrays
+from engine.kernels.batch import Float32, Int32, LogprobArrays, Program, SamplingArrays, UInt32
 from engine.kernels.layout import Correction, PackedTensor, pack_bf16, to_bf16
 from engine.kernels.native import ROPE_PIECE, NativeProgram, RopeTables, build, native_matrix, native_sampling
 from engine.kernels.reference import QuantizedMatrix, ReferenceProgram, kernel_matrix, rope_tables
@@ -36,6 +36,7 @@ from tests.engine.kernels.steps import (
     make_batch,
     random_matrix,
     random_weights,
+    sampling_arrays,
     sequence_logits,
     tiny_spec,
 )
@@ -511,7 +512,6 @@ def sampling(
     history: Sequence[Sequence[int]] | None = None,
     output: Sequence[int] | None = None,
     bias: dict[int, float] | None = None,
-    masks: np.ndarray | None = None,
     seed: int = 7,
 ) -> SamplingArrays:
     """Rows that are alike but for their position and history; `output` counts each history's last tokens."""
@@ -542,8 +542,6 @@ def sampling(
         bias_starts=np.arange(rows + 1, dtype=np.int32) * len(bias),
         bias_tokens=np.array(list(bias) * rows, np.int32),
         bias_values=np.array(list(bias.values()) * rows, np.float32),
-        mask_rows=None if masks is None else ints(0),
-        masks=masks,
     )
 
 
@@ -551,20 +549,25 @@ def greedy(rows: int) -> SamplingArrays:
     return sampling(rows, temperature=0.0)
 
 
-def native_sample(isa: str, logits: Float32, how: SamplingArrays) -> Int32:
+def native_sample(isa: str, logits: Float32, how: SamplingArrays, masks: UInt32 | None = None) -> Int32:
     module = build(isa)
     assert module is not None
     chosen = np.empty(len(logits), np.int32)
-    module.sample(logits, native_sampling(module, how), chosen)
+    module.sample(logits, native_sampling(module, how), chosen, masks)
     return chosen
 
 
-@given(seed=st.integers(0, 2**64 - 1), choice=st.integers(0, 2**31 - 1), position=st.integers(0, 2**31 - 1))
-def test_the_generator_is_the_twins(seed: int, choice: int, position: int) -> None:
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    choice=st.integers(0, 2**31 - 1),
+    position=st.integers(0, 2**31 - 1),
+    again=st.integers(0, 1),
+)
+def test_the_generator_is_the_twins(seed: int, choice: int, position: int, again: int) -> None:
     for isa in ISAS:
         module = build(isa)
         assert module is not None
-        assert module.uniform(seed, choice, position) == uniform(seed, choice, position)
+        assert module.uniform(seed, choice, position, again) == uniform(seed, choice, position, again)
 
 
 @settings(deadline=None, max_examples=60)
@@ -577,9 +580,18 @@ def test_the_generator_is_the_twins(seed: int, choice: int, position: int) -> No
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
     min_p=st.sampled_from([0.0, 0.1, 1.0]),
     penalized=st.booleans(),
+    masked=st.booleans(),
 )
 def test_tokens_are_the_twins(
-    data: int, vocab: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float, penalized: bool
+    data: int,
+    vocab: int,
+    spread: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalized: bool,
+    masked: bool,
 ) -> None:
     rows = 24
     rng = np.random.default_rng(data)
@@ -599,41 +611,98 @@ def test_tokens_are_the_twins(
         bias={0: -1.5, vocab - 1: -np.inf} if penalized and vocab > 2 else None,
         seed=data,
     )
-    expected = sample(logits, how)
+    masks = rng.integers(0, 2**32, (rows, (vocab + 31) // 32), np.uint32) if masked else None
+    expected = sample(logits, how, masks)
     for isa in ISAS:
-        chosen = native_sample(isa, logits, how)
+        chosen = native_sample(isa, logits, how, masks)
         # A draw or a limit within rounding of a boundary may fall on either side of it; both sides are rare.
         assert np.mean(chosen != expected) <= 1 / rows, (isa, chosen, expected)
 
 
-def test_a_mask_and_its_flag_decide_what_is_allowed(isa: str) -> None:
+def test_a_mask_decides_what_is_allowed(isa: str) -> None:
     logits = np.random.default_rng(4).normal(size=(5, 70)).astype(np.float32)
     allowed = [3, 31, 32, 69]
     bits = np.zeros(96, np.uint8)
     bits[allowed] = 1
-    masks = np.packbits(bits, bitorder="little").view(np.uint32).reshape(1, 3)
-    how = sampling(5, temperature=0.0, masks=masks)
+    masks = np.repeat(np.packbits(bits, bitorder="little").view(np.uint32).reshape(1, 3), 5, axis=0)
     expected = np.array(allowed)[logits[:, allowed].argmax(axis=1)]
-    np.testing.assert_array_equal(native_sample(isa, logits, how), expected)
-    np.testing.assert_array_equal(
-        native_sample(isa, logits, sampling(5, temperature=0.0, masks=np.zeros_like(masks))), -1
-    )
+    np.testing.assert_array_equal(native_sample(isa, logits, greedy(5), masks), expected)
+    np.testing.assert_array_equal(native_sample(isa, logits, greedy(5), np.zeros_like(masks)), -1)
 
 
-def test_the_sampler_waits_for_a_mask(isa: str) -> None:
-    import threading
+def masks_of(allowed: Sequence[int], vocab: int) -> UInt32:
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
 
-    logits = np.zeros((1, 40), np.float32)
-    masks, ready = np.zeros((1, 2), np.uint32), np.zeros(1, np.int32)
-    how = dataclasses.replace(sampling(1, temperature=0.0, masks=masks), mask_ready=ready)
-    chosen: list[int] = []
-    thread = threading.Thread(target=lambda: chosen.extend(native_sample(isa, logits, how).tolist()))
-    thread.start()
-    assert not chosen  # it cannot have chosen: the flag is down
-    masks[0, 1] = 1 << 5
-    ready[0] = 1
-    thread.join(timeout=30)
-    assert chosen == [37]
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_rows_are_chosen_again_as_the_twin_does(
+    isa: str, temperature: float, with_logits: bool, num_threads: int
+) -> None:
+    spec = tiny_spec()
+    weights = random_weights(spec)
+    arrays = sampling_arrays(3, temperature=temperature, seed=11, again=np.array([1, 0, 1], np.int32))
+    tokens: list[list[int]] = []
+    scores: list[LogprobArrays] = []
+    programs: list[Program] = [
+        NativeProgram(spec, weights, num_blocks=4, threads=num_threads, isa=isa),
+        ReferenceProgram(spec, weights, num_blocks=4),
+    ]
+    for program in programs:
+        batch = make_batch([Piece([1, 2, 3, 4], 0, [0])], spec, rows=[1, 2, 3], sampling=arrays)
+        if not with_logits:
+            batch.logits = None
+        batch.logprobs = wanted = LogprobArrays(
+            counts=np.array([1, 1, 1], np.int32),
+            targets=np.full(3, -1, np.int32),
+            tokens=np.zeros((3, 2), np.int32),
+            logprobs=np.zeros((3, 2), np.float32),
+            ranks=np.zeros(3, np.int32),
+        )
+        first = program.step(batch).tolist()
+        untouched = wanted.tokens[1].copy()
+        others = [t for t in range(spec.vocab_size) if t not in first]
+        again = [program.choose_again(row, masks_of(others[row::3], spec.vocab_size)) for row in (2, 0)]
+        assert {*again} <= {*others} and wanted.tokens[[2, 0], 0].tolist() == again
+        assert (wanted.tokens[1] == untouched).all()
+        assert (wanted.ranks[[0, 2]] > 1).all() or temperature > 0
+        assert program.choose_again(0, masks_of([], spec.vocab_size)) == -1
+        last = program.choose_again(0, masks_of([7], spec.vocab_size))
+        assert last == 7
+        deferred = make_batch([Piece([-1], 4, [0])], spec)  # reads row 0, which is token 7 now
+        program.step(deferred)
+        explicit = make_batch([Piece([7], 4, [0])], spec)
+        program.step(explicit)
+        assert (logits_of(deferred) == logits_of(explicit)).all()
+        tokens.append(first + again)
+        scores.append(wanted)
+        program.close()
+    assert tokens[0] == tokens[1]
+    assert (scores[0].tokens == scores[1].tokens).all() and (scores[0].ranks == scores[1].ranks).all()
+    np.testing.assert_allclose(scores[0].logprobs, scores[1].logprobs, rtol=0, atol=3e-2 if isa == "portable" else 1e-5)
+
+
+def test_only_rows_that_were_kept_are_chosen_again(isa: str) -> None:
+    spec = tiny_spec()
+    mask = masks_of([1], spec.vocab_size)
+    program = NativeProgram(spec, random_weights(spec), num_blocks=4, isa=isa)
+    with pytest.raises(ValueError, match=r"row: expected one that the last step kept, \[\], got 0"):
+        program.choose_again(0, mask)
+    arrays = sampling_arrays(2, again=np.array([0, 1], np.int32))
+    program.step(make_batch([Piece([1, 2], 0, [0])], spec, rows=[0, 1], sampling=arrays))
+    for row in (-1, 0, 2):
+        with pytest.raises(ValueError, match=rf"row: expected one that the last step kept, \[1\], got {row}"):
+            program.choose_again(row, mask)
+    with pytest.raises(ValueError, match="mask: expected"):
+        program.choose_again(1, mask[:-1].copy())
+    assert program.choose_again(1, mask) == 1
+    program.step(make_batch([Piece([1], 2, [0])], spec))  # chooses nothing
+    with pytest.raises(ValueError, match="row: expected one that the last step kept"):
+        program.choose_again(1, mask)
+    program.close()
 
 
 FAR = np.float32(3e38)

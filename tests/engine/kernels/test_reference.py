@@ -293,7 +293,7 @@ def test_nothing_is_deferred_to_a_step_that_chose_nothing() -> None:
 
 
 def test_a_deferred_token_that_could_not_be_chosen_reads_as_token_0() -> None:
-    forbidden = sampling_arrays(1, mask_rows=np.zeros(1, np.int32), masks=np.zeros((1, 10), np.uint32))
+    forbidden = sampling_arrays(1, bias=[dict.fromkeys(range(SPEC.vocab_size), -np.inf)])
     subject, other = program(), program()
     assert subject.step(make_batch([Piece([1], 0, [0])], SPEC, sampling=forbidden)).tolist() == [-1]
     other.step(make_batch([Piece([1], 0, [0])], SPEC))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -232,25 +231,33 @@ def test_without_any_allowed_token_there_is_none(temperature: float) -> None:
     assert sample(np.zeros((2, 2), np.float32), how)[1] >= 0
 
 
+def mask_of(allowed: list[int], vocab: int) -> np.ndarray:
+    mask = np.zeros((vocab + 31) // 32, np.uint32)
+    for t in allowed:
+        mask[t // 32] |= np.uint32(1) << np.uint32(t % 32)
+    return mask
+
+
 def test_a_mask_allows_what_its_bits_name() -> None:
     allowed = [1, 31, 32, 63, 66]
-    masks = np.zeros((2, 3), np.uint32)
-    for t in allowed:
-        masks[1, t // 32] |= np.uint32(1) << np.uint32(t % 32)
-    how = sampling_arrays(2, mask_rows=np.array([1, -1], np.int32), masks=masks)
-    row = adjusted_logits(np.zeros(67, np.float32), how, 0)
+    how = sampling_arrays(1)
+    row = adjusted_logits(np.zeros(67, np.float32), how, 0, mask_of(allowed, 67))
     assert np.flatnonzero(np.isfinite(row)).tolist() == allowed
-    assert np.isfinite(adjusted_logits(np.zeros(67, np.float32), how, 1)).all()
+    assert np.isfinite(adjusted_logits(np.zeros(67, np.float32), how, 0)).all()
 
 
-def test_a_mask_is_waited_for() -> None:
-    masks, ready = np.zeros((1, 2), np.uint32), np.zeros(1, np.int32)
-    how = sampling_arrays(1, mask_rows=np.zeros(1, np.int32), masks=masks, mask_ready=ready)
-    chosen: list[int] = []
-    thread = threading.Thread(target=lambda: chosen.extend(sample(np.zeros((1, 40), np.float32), how).tolist()))
-    thread.start()
-    assert thread.is_alive()
-    masks[0, 1] = 1 << 5
-    ready[0] = 1
-    thread.join(timeout=30)
-    assert chosen == [37]
+def test_choosing_again_leaves_the_distribution_of_the_mask_alone() -> None:
+    rows, allowed = 20_000, [1, 2, 4]
+    logits = np.tile(np.array([1.0, 0.5, 0.0, 2.0, -1.0], np.float32), (rows, 1))
+    how = sampling_arrays(rows, temperature=0.9, seed=np.arange(rows, dtype=np.uint64))
+    mask = mask_of(allowed, 5)
+    first, again = sample(logits, how), sample(logits, how, np.tile(mask, (rows, 1)))
+    chosen = np.where(np.isin(first, allowed), first, again)
+    weights = np.exp(logits[0, allowed] / np.float32(0.9))
+    expected = weights / weights.sum()
+    found = np.array([np.mean(chosen == token) for token in allowed])
+    assert abs(found - expected).max() < 4 * math.sqrt(0.25 / rows)
+    # The second draw knows nothing of the first one: of what is left, the same shares.
+    refused = ~np.isin(first, allowed)
+    found = np.array([np.mean(again[refused] == token) for token in allowed])
+    assert abs(found - expected).max() < 4 * math.sqrt(0.25 / refused.sum())

@@ -36,9 +36,7 @@ def good_batch() -> StepBatch:
         temperature=1.0,
         history=[([1, 2], [3]), ([], []), ([4], [5, 300])],
         bias=[{0: 1.0}, {}, {300: -np.inf, 7: -100.0}],
-        mask_rows=np.array([1, -1, 0], np.int32),
-        masks=np.ones((2, 10), np.uint32),
-        mask_ready=np.ones(2, np.int32),
+        again=np.array([1, 0, 1], np.int32),
     )
     tokens = [*range(34), -1, 300]
     batch = make_batch(
@@ -90,7 +88,7 @@ STEP_ARRAYS = ["token_ids", "positions", "query_starts", "seq_lens", "block_tabl
 ROW_ARRAYS = [
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("seed", "choice", "position", "history_starts", "history_output_starts", "history_tokens"),
-    *("bias_starts", "bias_tokens", "bias_values", "mask_rows", "masks", "mask_ready"),
+    *("bias_starts", "bias_tokens", "bias_values", "again"),
 ]
 
 
@@ -124,7 +122,7 @@ def test_types_shapes_and_layouts_are_checked(name: str, damage: Callable[[np.nd
         check(batch)
 
 
-@pytest.mark.parametrize("name", ["logits", "hidden", *(name for name in ROW_ARRAYS if name != "masks")])
+@pytest.mark.parametrize("name", ["logits", "hidden", *ROW_ARRAYS])
 def test_lengths_are_checked(name: str) -> None:
     batch = good_batch()
     change(batch, name, lambda array: array[:-1].copy())
@@ -225,22 +223,12 @@ def test_sampling_parameters_are_checked(name: str, value: float) -> None:
         ("bias_tokens", 0, INT32_MIN, r"bias_tokens: expected values in \[0, 301\)"),
         ("bias_values", 0, np.nan, "bias_values: expected finite values or -inf"),
         ("bias_values", 1, np.inf, "bias_values: expected finite values or -inf"),
-        ("mask_rows", 0, 2, r"mask_rows: expected values in \[-1, 2\), got \[2\]"),
-        ("mask_rows", 0, -2, r"mask_rows: expected values in \[-1, 2\), got \[-2\]"),
     ],
 )
 def test_indices_of_sampling_are_checked(name: str, index: int, value: float, message: str) -> None:
     batch = good_batch()
     getattr(batch.sampling, name)[index] = value
     with pytest.raises(ValueError, match=message):
-        check(batch)
-
-
-def test_a_row_may_not_ask_for_a_mask_that_is_not_there() -> None:
-    batch = good_batch()
-    assert batch.sampling is not None
-    batch.sampling = dataclasses.replace(batch.sampling, masks=None, mask_ready=None)
-    with pytest.raises(ValueError, match=r"mask_rows: expected values in \[-1, 0\), got \[1, 0\]"):
         check(batch)
 
 
@@ -254,8 +242,6 @@ def test_builds_refuse_just_what_the_checks_in_python_refuse(name: str, where: i
     array = getattr(batch if name in STEP_ARRAYS else batch.sampling, name)
     if np.isnan(value) and array.dtype != np.float32:
         return
-    if name == "mask_ready" and value == 0:
-        return  # a step waits for a mask that is not ready
     array.flat[where % array.size] = value % 2**32 if array.dtype.kind == "u" else value
     with contextlib.suppress(ValueError):
         check(batch)  # which compares the two

@@ -1,16 +1,17 @@
-"""Masks of one step: what they allow, of guesses too, what was said before, and how one that fails is alone."""
+"""Tokens of one step: what stays, what is chosen again and from what, what was said before, how one fails alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from engine.errors import RequestError, SeraphError
+from engine.errors import EngineError, RequestError, SeraphError
 from engine.request import Request, SamplingParams, StructuredOutputs
 from engine.sampling.grammar import GrammarCompiler
-from engine.sampling.masks import Grammars, Rows
+from engine.sampling.masks import ChooseAgain, Grammars, Rows
 
 EOS = 0
 LETTERS = 1 + np.arange(26)  # token 1 is "a"
@@ -56,11 +57,12 @@ def ids(text: str) -> list[int]:
 
 
 class Driver:
-    """Requests with regular expressions, and their masks as sets of tokens."""
+    """Requests with regular expressions, and what becomes of tokens that steps chose for them."""
 
     def __init__(self, grammars: Grammars, compiler: GrammarCompiler) -> None:
         self.grammars, self.compiler = grammars, compiler
         self.output: dict[str, list[int]] = {}
+        self.allowed: dict[int, set[int]] = {}
         self.row = 0
         self.preparing: set[str] = set()
 
@@ -90,20 +92,33 @@ class Driver:
             self.grammars.wait(1)
         raise AssertionError("never ready")
 
-    def rows(self, name: str, said: list[int], draft: list[int], stop: frozenset[int] = frozenset({EOS})) -> Rows:
-        known = self.grammars.num_consumed(name)
-        self.output[name] += said
+    def rows(self, name: str, draft: list[int], stop: frozenset[int] = frozenset({EOS})) -> Rows:
         first, self.row = self.row, self.row + 1 + len(draft)
-        return Rows(name, first, len(self.output[name]), self.output[name][known:], draft, stop)
+        return Rows(name, first, len(self.output[name]), draft, stop)
 
-    def step(self, *rows: Rows) -> list[set[int]]:
-        self.row = 0
-        self.grammars.begin(list(rows))
-        self.grammars.finish()
-        num_rows = sum(1 + len(each.draft) for each in rows)
-        assert self.grammars.ready[:num_rows].all()
-        bits = np.unpackbits(self.grammars.masks[:num_rows].view(np.uint8), axis=1, bitorder="little")
-        return [set(np.flatnonzero(row).tolist()) for row in bits]
+    def settle(self, rows: list[Rows], tokens: list[int], choose_again: ChooseAgain | None = None) -> list[int]:
+        """What becomes of the tokens that a step chose; where one is chosen again, the smallest that is allowed.
+
+        `allowed` has what that was chosen from, by row.
+        """
+        self.row, self.allowed = 0, {}
+        settled = list(tokens)
+        self.grammars.settle(rows, settled, choose_again or self.choose_again)
+        return settled
+
+    def choose_again(self, row: int, mask: NDArray[np.uint32]) -> int:
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        self.allowed[row] = set(allowed)
+        return min(allowed, default=-1)
+
+    def say(self, name: str, *tokens: int) -> list[int]:
+        """Steps of one request, whose tokens are entered."""
+        return [self.settle([self.rows(name, [])], [token])[0] for token in self.entering(name, tokens)]
+
+    def entering(self, name: str, tokens: Sequence[int]) -> Iterator[int]:
+        for token in tokens:
+            yield token
+            self.output[name].append(token)
 
 
 @pytest.fixture
@@ -111,23 +126,58 @@ def driver(grammars: Grammars, compiler: GrammarCompiler) -> Driver:
     return Driver(grammars, compiler)
 
 
-def test_masks_follow_the_tokens_and_end_where_the_grammar_may(driver: Driver) -> None:
+def test_what_is_allowed_stays_and_what_is_not_is_chosen_again(driver: Driver) -> None:
     driver.add("r", "a?b+c")
     assert driver.prepared() == {"r": None}
-    assert driver.step(driver.rows("r", [], [])) == [{1, 2, AB}]
-    assert driver.step(driver.rows("r", [AB], [])) == [{2, 3}]
-    assert driver.step(driver.rows("r", [], [])) == [{2, 3}]  # a step that was not entered is made anew
-    assert driver.step(driver.rows("r", ids("bb"), [])) == [{2, 3}]  # two at once, of which one was guessed
-    assert driver.step(driver.rows("r", ids("c"), [])) == [{EOS}]
-    assert driver.grammars.num_masks == 5
+    assert driver.settle([driver.rows("r", [])], [25]) == [1]
+    assert driver.allowed == {0: {1, 2, AB}} and driver.grammars.num_masks == 1
+    driver.output["r"] = [1]
+    for token in ids("bbc"):
+        assert driver.settle([driver.rows("r", [])], [token]) == [token] and not driver.allowed
+        driver.output["r"].append(token)
+    assert driver.settle([driver.rows("r", [])], [2]) == [EOS] and driver.allowed == {0: {EOS}}
+    assert driver.grammars.num_masks == 2 and driver.grammars.seconds > 0
 
 
-def test_a_row_for_each_guess_and_nothing_stays_of_them(driver: Driver) -> None:
+def test_tokens_that_were_settled_must_be_entered(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    driver.add("r", "a?b+c")
+    driver.prepared()
+    assert driver.settle([driver.rows("r", [])], ids("b")) == ids("b")
+    assert driver.settle([driver.rows("r", [])], ids("b")) == [-1]
+    assert "it has taken in 1 tokens of 0" in str(driver.grammars.forget("r"))
+
+
+def test_guesses_count_as_long_as_they_are_right(driver: Driver) -> None:
     driver.add("r", "ab?(cd|e)?")
     driver.prepared()
-    assert driver.step(driver.rows("r", [], ids("abcdz"))) == [{1, AB}, {EOS, 2, 3, 5}, {EOS, 3, 5}, {4}, {EOS}, set()]
-    assert driver.step(driver.rows("r", ids("a"), [*ids("e"), EOS])) == [{EOS, 2, 3, 5}, {EOS}, set()]
-    assert driver.step(driver.rows("r", ids("b"), [])) == [{EOS, 3, 5}]
+    # Guessed "abcd". After "ab" something else is chosen, so that what comes after it is not looked at.
+    assert driver.settle([driver.rows("r", ids("abcd"))], [*ids("abe"), 25, 25]) == [*ids("abe"), 25, 25]
+    assert not driver.allowed
+    driver.output["r"] = ids("abe")
+    assert driver.settle([driver.rows("r", ids("z"))], ids("zz")) == [EOS, 26]  # the guess was wrong, too
+
+
+def test_a_token_that_is_chosen_again_may_be_the_guess(driver: Driver) -> None:
+    driver.add("r", "(a|x)(b|y)(c|y)(d|e)f")
+    driver.prepared()
+    # Chosen: z, refused, for a, as guessed; b; z for c, as guessed; e, which was not guessed.
+    assert driver.settle([driver.rows("r", ids("abcd"))], [*ids("zbze"), 25]) == [*ids("abce"), 25]
+    assert driver.allowed == {0: {1, 24, AB}, 2: {3, 25}}
+    driver.output["r"] = ids("abce")
+    assert driver.settle([driver.rows("r", [EOS])], [*ids("f"), 9]) == [*ids("f"), 9]
+    driver.output["r"] = ids("abcef")
+    assert driver.settle([driver.rows("r", [])], [9]) == [EOS] and driver.allowed == {0: {EOS}}
+
+
+def test_many_at_once(driver: Driver) -> None:
+    names = [f"r{i}" for i in range(8)]
+    for i, name in enumerate(names):
+        driver.add(name, f"[ab]{'abcdefgh'[i]}c")
+    driver.prepared()
+    rows = [driver.rows(name, []) for name in names]
+    chosen = [25 if i % 3 else 2 for i in range(8)]
+    assert driver.settle(rows, chosen) == [1 if i % 3 else 2 for i in range(8)]
+    assert driver.allowed.keys() == {1, 2, 4, 5, 7} and driver.grammars.num_masks == 5
 
 
 def test_what_was_said_before_counts(driver: Driver) -> None:
@@ -137,39 +187,77 @@ def test_what_was_said_before_counts(driver: Driver) -> None:
     prepared = driver.prepared()
     assert prepared["fresh"] is prepared["resumed"] is None
     assert "does not allow output_token_ids" in str(prepared["wrong"])
-    assert driver.step(driver.rows("fresh", [], []), driver.rows("resumed", [], []))[1] == {3}
+    assert driver.settle([driver.rows("fresh", []), driver.rows("resumed", [])], ids("az")) == ids("ac")
 
 
 def test_until_min_tokens_the_end_waits_if_anything_else_is_left(driver: Driver) -> None:
     driver.add("r", "ab?", min_tokens=3)
     driver.prepared()
-    assert driver.step(driver.rows("r", ids("a"), [])) == [{2}]
-    assert driver.step(driver.rows("r", ids("b"), [])) == [{EOS}]
+    assert driver.say("r", *ids("a")) == ids("a")
+    assert driver.settle([driver.rows("r", [])], [EOS]) == ids("b")
+    driver.output["r"] += ids("b")
+    assert driver.settle([driver.rows("r", [])], [EOS]) == [EOS]
     driver.add("s", "a(b|c)*", min_tokens=2)
     driver.prepared()
     stop = frozenset({EOS, 2})
-    assert driver.step(driver.rows("s", ids("a"), ids("c"), stop)) == [{3}, {EOS, 2, 3}]
+    driver.say("s", *ids("a"))
+    assert driver.settle([driver.rows("s", ids("c"), stop)], ids("bb")) == ids("cb")
+    assert driver.allowed == {0: {3}}
+
+
+@pytest.mark.parametrize("regex", ["(ab|ba)*c?", "a( c|b){1,3}", "[a-z]*", "(abc|abd|x)y?", "z"])
+@pytest.mark.parametrize("said", ["", "a", "ab", "abc", "x", "z", "abcy", "ba"])
+def test_masks_and_checks_allow_the_same_tokens(driver: Driver, regex: str, said: str) -> None:
+    names = [f"r{token}" for token in range(VOCAB)]
+    for name in names:
+        driver.add(name, regex, output=said)
+    if any(error is not None for error in driver.prepared().values()):
+        return  # not a beginning of this language
+    free, allowed = set(), set()
+    for token, name in enumerate(names):
+        settled = driver.settle([driver.rows(name, [])], [token])
+        allowed |= driver.allowed.get(0, set())
+        if not driver.allowed:
+            free.add(token)
+            assert settled == [token]
+    assert free == allowed
 
 
 def test_one_that_fails_is_alone(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
     driver.add("bad", "", grammar='{"grammars":[{"lark_grammar":"start: nonesuch"}]}')
     driver.add("lost", "abc")
-    driver.add("good", "abc")
+    driver.add("good", "(a|x)bc")
     prepared = driver.prepared()
     assert isinstance(prepared["bad"], RequestError) and "nonesuch" in str(prepared["bad"])
     assert prepared["good"] is None
-    masks = driver.step(driver.rows("lost", ids("z"), ids("a")), driver.rows("good", ids("a"), []))
-    assert masks == [set(), set(), {2}]
+
+    def choose_again(row: int, mask: NDArray[np.uint32]) -> int:
+        if row == 0:
+            raise ZeroDivisionError("lost")
+        return driver.choose_again(row, mask)
+
+    rows = [driver.rows("lost", ids("a")), driver.rows("good", [])]
+    assert driver.settle(rows, ids("yaz"), choose_again) == [-1, *ids("aa")]
+    assert driver.settle([driver.rows("lost", [])], ids("a")) == [-1]
     lost = driver.grammars.forget("lost")
-    assert isinstance(lost, RequestError) and "did not take the tokens" in str(lost)
+    assert isinstance(lost, EngineError) and "ZeroDivisionError: lost" in str(lost)
     assert driver.grammars.forget("good") is None is driver.grammars.forget("never")
     assert len(driver.grammars) == 1
+    assert "request lost: its grammar failed" in caplog.text
+
+
+def test_one_that_was_forgotten_while_its_step_ran(driver: Driver) -> None:
+    driver.add("r", "abc")
+    driver.prepared()
+    rows = driver.rows("r", [])
+    driver.grammars.forget("r")
+    assert driver.settle([rows], [25]) == [25]
 
 
 def test_a_vocabulary_that_cannot_write_the_grammar_fails_it(driver: Driver) -> None:
     driver.add("r", "(a|ß)")
     driver.prepared()
-    assert driver.step(driver.rows("r", [], [])) == [{1}]
+    assert driver.settle([driver.rows("r", [])], [25]) == [1] and driver.allowed == {0: {1}}
 
 
 def test_time_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +265,7 @@ def test_time_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("engine.sampling.masks.MASK_SECONDS_PER_TOKEN", 0.0)
     driver.add("r", "[ab]*")
     driver.prepared()
-    assert driver.step(driver.rows("r", [], []))[0]
-    assert driver.step(driver.rows("r", ids("a"), [])) == [set()]
+    assert driver.say("r", *ids("aa")) == [*ids("a"), -1]
     failure = driver.grammars.forget("r")
     assert isinstance(failure, RequestError) and "takes too long" in str(failure)
 
@@ -188,4 +275,4 @@ def test_forgotten_while_compiling(driver: Driver) -> None:
     driver.grammars.forget("r")
     driver.add("r", "xyz")
     assert driver.prepared() == {"r": None}
-    assert driver.step(driver.rows("r", [], [])) == [{24}]
+    assert driver.settle([driver.rows("r", [])], ids("a")) == [24]
