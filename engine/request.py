@@ -173,6 +173,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     seed: int  # 0 <= seed < 2**64, always concrete: the server draws one where the caller gave none
+    any_seed: bool = False  # the caller gave none: an engine that pays for seeds may draw otherwise
     output_token_ids: list[int] = []
     choice_index: int = 0
     group_id: str = ""  # siblings of one `n` request share it; choice 0 fills their common prefix

@@ -58,7 +58,7 @@ def sampling_of(request: Request, said: Sequence[int], eos_token_ids: Sequence[i
         ignore_eos=True,
         logprobs=sampling.logprobs,
         prompt_logprobs=None if said else sampling.prompt_logprobs,
-        seed=seed_of(request, len(said)) if sampling.temperature > 0 else None,
+        seed=seed_of(request, len(said)),
         structured_outputs=None
         if request.grammar is None
         else StructuredOutputsParams(grammar=as_lark(request.grammar)),
@@ -71,8 +71,13 @@ def sampling_of(request: Request, said: Sequence[int], eos_token_ids: Sequence[i
     return params
 
 
-def seed_of(request: Request, position: int) -> int:
-    """Of vLLM's generator, which draws one number after another: another one for each choice and each new start."""
+def seed_of(request: Request, position: int) -> int | None:
+    """Of vLLM's generator, which draws one number after another: another one for each choice and each new start.
+
+    None where the caller gave none: a row with a seed is drawn by itself, which vLLM does for all others at once.
+    """
+    if request.any_seed or request.sampling.temperature == 0:
+        return None
     told = f"{request.seed}:{request.choice_index}:{position}".encode()
     return int.from_bytes(hashlib.sha256(told).digest()[:8], "big") >> 1
 

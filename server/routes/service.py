@@ -290,6 +290,7 @@ class Service:
                     prompt_token_ids=prompt,
                     sampling=sampling,
                     seed=seed,
+                    any_seed=body.seed is None,
                     choice_index=c,
                     group_id=f"{answer_id}-{p}" if body.num_choices > 1 else "",
                     priority=body.priority or 0,

@@ -80,8 +80,15 @@ def test_seeds_differ_by_choice_and_by_where_they_go_on() -> None:
         for choice in (0, 1)
         for position in (0, 7)
     }
-    assert len(seeds) == 8 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 8 and all(seed is not None and 0 <= seed < 2**63 for seed in seeds)
     assert seed_of(REQUEST, 3) == seed_of(REQUEST, 3)
+
+
+def test_seeds_that_nobody_asked_for_are_not_passed_on() -> None:
+    assert REQUEST.sampling.temperature > 0
+    assert seed_of(msgspec.structs.replace(REQUEST, any_seed=True), 0) is None
+    greedy = msgspec.structs.replace(REQUEST, sampling=SamplingParams(temperature=0.0))
+    assert seed_of(greedy, 0) is None
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"const": "@t0 start: ::="}}, "required": ["a"]}
