@@ -45,7 +45,7 @@ class SamplingArrays:
 
     A row with a grammar is drawn without it first; a token that the grammar allows stays, else one is drawn with the
     mask. Without selections that has the distribution of the mask alone: p(t) + (1 - P) p(t) / P = p(t) / P, where P is
-    the probability of all that is allowed. The best token is the same either way.
+    the probability of all that is allowed, as long as both allow the same. The best token is the same either way then.
 
     Where every token is forbidden, the row's result is -1.
     """

@@ -21,7 +21,7 @@ from tests.tiny_gguf import write_tiny_llama
 CONTEXT = 32_768
 LONG = {"model": "tiny", "prompt": [5, 6, 7], "stream": True, "ignore_eos": True, "max_tokens": CONTEXT - 8}
 
-LONG_NAME = "tiny" * 500
+LONG_NAME = "tiny" * 4000
 """The model's other name. Each event has it, so that few of them are more than the kernel keeps for a slow peer."""
 
 

@@ -223,6 +223,15 @@ def test_masks_and_checks_allow_the_same_tokens(driver: Driver, regex: str, said
     assert free == allowed
 
 
+def test_prescribed_text_may_be_written_in_the_model_s_way(driver: Driver) -> None:
+    driver.add("r", "abc")
+    driver.prepared()
+    assert driver.settle([driver.rows("r", [])], [25]) == [AB] and driver.allowed == {0: {AB}}
+    driver.add("s", "abc")
+    driver.prepared()
+    assert driver.say("s", *ids("abc")) == ids("abc")
+
+
 def test_one_that_fails_is_alone(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
     driver.add("bad", "", grammar='{"grammars":[{"lark_grammar":"start: nonesuch"}]}')
     driver.add("lost", "abc")
