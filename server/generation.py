@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -188,6 +189,8 @@ class Generation:
         self._clock = clock
         self._pending: dict[int, Piece] = {}
         self._changed = asyncio.Event()
+        self._patience_ends = math.inf  # of the caller who waits, by the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
         self._num_live = len(choices)
         self._tasks: list[asyncio.Task[None]] = []
@@ -200,6 +203,8 @@ class Generation:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -215,16 +220,29 @@ class Generation:
         """
         if not self._pending and self._failure is None:
             self._changed.clear()
-            timer = None
             if patience is not None:
-                timer = asyncio.get_running_loop().call_later(patience, self._changed.set)
+                self._be_patient(patience)
             await self._changed.wait()
-            if timer is not None:
-                timer.cancel()
+            self._patience_ends = math.inf
         if self._failure is not None and (not self._pending or isinstance(self._failure, ClientDisconnectedError)):
             raise self._failure
         pending, self._pending = self._pending, {}
         return list(pending.values())
+
+    def _be_patient(self, seconds: float) -> None:
+        """Have the wait end after so long. One timer for many waits, since nearly all of them end by a token."""
+        loop = asyncio.get_running_loop()
+        self._patience_ends = loop.time() + seconds
+        if self._timer is None:
+            self._timer = loop.call_later(seconds, self._look_at_the_time)
+
+    def _look_at_the_time(self) -> None:
+        self._timer = None
+        left = self._patience_ends - asyncio.get_running_loop().time()
+        if left <= 0:
+            self._changed.set()
+        elif left < math.inf:
+            self._be_patient(left)
 
     def usage(self) -> Usage:
         """Tokens so far. A prompt counts once, however many choices continue it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.native import State
+from engine.backends.vllm_cpus import keep_to, stay_off
 from engine.backends.vllm_journal import Journal
 from engine.backends.vllm_options import MISSING, VllmOptions, engine_config, is_installed, reason_of
 from engine.backends.vllm_request import delta_of, prompt_of, sampling_of
@@ -105,6 +107,7 @@ class VllmEngine:
         self._all_finished = asyncio.Event()
         self._all_finished.set()
         self._counters = Counters()
+        self._cpus = os.sched_getaffinity(0)
         self._num_restarts = 0
 
     @property
@@ -309,6 +312,7 @@ class VllmEngine:
 
     async def _create(self) -> AsyncLLM:
         """A new vLLM, when it is ready."""
+        keep_to(self._cpus)  # its processes inherit them, and may use all
         journal = Journal(self._logs, self._options.model)
         task = asyncio.create_task(asyncio.to_thread(self._create_blocking, journal))
         began = time.monotonic()
@@ -335,6 +339,8 @@ class VllmEngine:
         if self._journal is not None:
             self._journal.remove()
         self._journal = journal
+        if (processes := _processes(client)) and (left := stay_off(processes[0].pid, self._cpus)) != self._cpus:
+            logger.info("vLLM: its threads are bound to CPUs; the server keeps to CPU %s", ", ".join(map(str, left)))
         return client
 
     def _create_blocking(self, journal: Journal) -> AsyncLLM:

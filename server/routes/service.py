@@ -399,13 +399,13 @@ def answer_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def service_of(request: HTTPRequest) -> Service:
-    """Dependency: the application's service."""
+async def service_of(request: HTTPRequest) -> Service:
+    """Dependency: the application's service. Like all of them no plain function, which would be called in a thread."""
     service: Service = request.app.state.service
     return service
 
 
-def principal_of(request: HTTPRequest) -> Principal:
+async def principal_of(request: HTTPRequest) -> Principal:
     """Dependency: who asks, as the door found out."""
     principal: Principal = request.state.principal
     return principal

@@ -126,7 +126,17 @@ def engine_metric(client: httpx.Client, name: str) -> float:
     return float(lines[0].split()[-1])
 
 
-def test_answers(client: httpx.Client) -> None:
+def check_cpus(server: LiveServer) -> None:
+    """The server keeps off the CPUs that vLLM has bound its threads to, if it has."""
+    usable = os.sched_getaffinity(0)
+    for pid, name in processes(server.process.pid).items():
+        cpus = os.sched_getaffinity(pid)
+        if "Worker" in name and not cpus >= usable:
+            assert not cpus & os.sched_getaffinity(server.process.pid)
+
+
+def test_answers(server: LiveServer, client: httpx.Client) -> None:
+    check_cpus(server)
     question = "Tell me the capital of France."
     answer = client.post(CHAT, json=body(question, logprobs=True, top_logprobs=2)).json()
     assert "Paris" in answer["choices"][0]["message"]["content"]
@@ -162,6 +172,7 @@ def test_the_engine_s_death_under_sixteen_streams(server: LiveServer, client: ht
         assert (stream.finish_reason, stream.usage["completion_tokens"]) == ("length", NUM_TOKENS)
     assert formal.error is not None and formal.error["code"] == "engine_dead", "what had a form has begun it"
     assert engine_metric(client, "restarts_total") == restarts + 1
+    check_cpus(server)
     assert len(client.post(CHAT, json=body("Hi", max_tokens=4)).json()["choices"]) == 1
 
 
