@@ -103,9 +103,11 @@ class Answer(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._tail += body
         if not self.first and self._parser.get_status_code() == 200:
-            *lines, self._tail = self._tail.split(b"\n")
-            if any(map(_has_text, lines)):
-                self.first = time.perf_counter() - self.start
+            lines, _, rest = self._tail.rpartition(b"\n")
+            if any(map(_has_text, lines.split(b"\n"))):
+                self.first = time.perf_counter() - self.start  # what is left may be all of the answer
+            else:
+                self._tail = rest
         self._tail = self._tail[-self.TAIL :]
 
     def on_message_complete(self) -> None:

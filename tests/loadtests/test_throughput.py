@@ -45,7 +45,7 @@ def test_lengths_of_answers() -> None:
     assert sum(lengths) / 400 == pytest.approx(128, rel=0.05)
 
 
-@pytest.mark.parametrize("size", [1, 7, 100])
+@pytest.mark.parametrize("size", [1, 7, 100, 1_000_000])
 def test_events_may_be_cut_anywhere(server: ScriptedServer, size: int) -> None:
     whole = b"".join(chat_events("a", "\u00e9\U0001f600", "c" * 20_000))
     server.script(stream(*(whole[at : at + size] for at in range(0, len(whole), size))))
