@@ -1,4 +1,4 @@
-"""Conversations with tools, held with the default model: the same whole and streamed, and always to the schemas."""
+"""Conversations with tools, held with the default model: whole and streamed alike, and always to the schemas."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import httpx
 import jsonschema
 import pytest
 
+from tests import live
 from tests.live import live_server
 from tests.server.support import chunks_of
 from tests.server.test_tools import assembled, called, without_ids
@@ -82,7 +83,21 @@ def check(client: httpx.Client, seed: int) -> int:
     message, reason = choice["message"], choice["finish_reason"]
     streamed = client.post("/v1/chat/completions", json={**body, "stream": True})
     again, reason_again = assembled(chunks_of(streamed.text))
-    assert (without_ids(again), reason_again) == (without_ids(message), reason), body
+    if live.ENGINE == "native":  # vLLM's tokens depend on what it finds in its cache
+        assert (without_ids(again), reason_again) == (without_ids(message), reason), body
+    check_answer(body, again, reason_again)
+    num_calls = check_answer(body, message, reason)
+    if num_calls:
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "Done."} for call in message["tool_calls"]]
+        onward = {**body, "messages": [*body["messages"], message, *results], "tool_choice": "none", "max_tokens": 8}
+        following = client.post("/v1/chat/completions", json=onward)
+        assert following.status_code == 200, following.text
+        assert following.json()["choices"][0]["message"]["content"] is not None
+    return num_calls
+
+
+def check_answer(body: dict[str, Any], message: dict[str, Any], reason: str) -> int:
+    """An answer to a conversation keeps to what was asked; returns the number of its calls, if they are complete."""
     calls = called({"tool_calls": [], **message})
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in body["tools"]}
     if body["tool_choice"] == "none":
@@ -97,11 +112,6 @@ def check(client: httpx.Client, seed: int) -> int:
         return 0
     for name, arguments in calls:
         jsonschema.Draft202012Validator(schemas[name]).validate(json.loads(arguments))
-    results = [{"role": "tool", "tool_call_id": call["id"], "content": "Done."} for call in message["tool_calls"]]
-    onward = {**body, "messages": [*body["messages"], message, *results], "tool_choice": "none", "max_tokens": 8}
-    following = client.post("/v1/chat/completions", json=onward)
-    assert following.status_code == 200, following.text
-    assert following.json()["choices"][0]["message"]["content"] is not None
     return len(calls)
 
 
