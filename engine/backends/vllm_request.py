@@ -21,13 +21,13 @@ _REASONS = {
 
 
 def prompt_of(request: Request, said: Sequence[int]) -> Any:
-    """The prompt with what the request has said already: vLLM knows no answer that was begun elsewhere."""
-    from vllm.inputs import TokensPrompt
+    """The prompt with what the request has said already: vLLM knows no answer that was begun elsewhere.
 
-    prompt = TokensPrompt(prompt_token_ids=[*request.prompt_token_ids, *said])
-    if request.cache_salt:
-        prompt["cache_salt"] = request.cache_salt
-    return prompt
+    It is what vLLM's own server makes of a prompt; any other would go through a thread that may have to tokenize it.
+    """
+    from vllm.inputs import tokens_input
+
+    return tokens_input([*request.prompt_token_ids, *said], cache_salt=request.cache_salt or None)
 
 
 def sampling_of(request: Request, said: Sequence[int], eos_token_ids: Sequence[int]) -> SamplingParams:
