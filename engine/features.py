@@ -114,7 +114,7 @@ FEATURES = (
         "GPUs",
         Of.START,
         Lacks("its kernels are for x86-64 CPUs"),
-        Has("those that its build is for; its CPU build computes on CPUs. No GPU was tried yet, see [gpu.md](gpu.md)"),
+        Has("those that its build is for; its CPU build computes on CPUs. What was tried on one: [gpu.md](gpu.md)"),
     ),
     Feature(
         "tensor_parallel",
