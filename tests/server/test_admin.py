@@ -93,6 +93,7 @@ class House:
         return await self.client.delete(f"{ADMIN}/{name}", headers=KEY, params=query)
 
     async def state(self, name: str = "new") -> str | None:
+        await asyncio.sleep(0.005)  # asking is all done in one go, and lets nothing else run
         response = await self.client.get(f"{ADMIN}/{name}", headers=KEY)
         return str(response.json()["state"]) if response.status_code == 200 else None
 
