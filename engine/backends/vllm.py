@@ -340,7 +340,8 @@ class VllmEngine:
             self._journal.remove()
         self._journal = journal
         if (processes := _processes(client)) and (left := stay_off(processes[0].pid, self._cpus)) != self._cpus:
-            logger.info("vLLM: its threads are bound to CPUs; the server keeps to CPU %s", ", ".join(map(str, left)))
+            cpus = ", ".join(map(str, sorted(left)))
+            logger.info("vLLM: its threads are bound to CPUs; the server keeps to CPU %s", cpus)
         return client
 
     def _create_blocking(self, journal: Journal) -> AsyncLLM:
