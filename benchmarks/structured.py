@@ -82,14 +82,14 @@ def measure(model: PackedModel, grammar: str, repeats: int, config: EngineConfig
                 rates[constrained].append(STREAMS * TOKENS / seconds)
                 constrained_seconds += seconds * constrained
         after = core.stats()
-        masks, seconds = after.num_masks - before.num_masks, after.grammar_seconds - before.grammar_seconds
+        masks, grammars = after.num_masks - before.num_masks, after.grammar_seconds - before.grammar_seconds
     finally:
         core.close()
     return Figures(
         free=statistics.median(rates[False]),
         constrained=statistics.median(rates[True]),
         refused=masks / (STREAMS * TOKENS * repeats),
-        grammars_share=seconds / constrained_seconds,
+        grammars_share=grammars / constrained_seconds,
         guesses=guesses(model, prompts[0], grammar, repeats, config),
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.native import State
-from engine.backends.vllm_cpus import keep_to, stay_off
+from engine.backends.vllm_cpus import USABLE, keep_to, stay_off
 from engine.backends.vllm_journal import Journal
 from engine.backends.vllm_options import MISSING, VllmOptions, engine_config, is_installed, reason_of
 from engine.backends.vllm_request import delta_of, prompt_of, sampling_of
@@ -107,7 +106,6 @@ class VllmEngine:
         self._all_finished = asyncio.Event()
         self._all_finished.set()
         self._counters = Counters()
-        self._cpus = os.sched_getaffinity(0)
         self._num_restarts = 0
 
     @property
@@ -312,7 +310,7 @@ class VllmEngine:
 
     async def _create(self) -> AsyncLLM:
         """A new vLLM, when it is ready."""
-        keep_to(self._cpus)  # its processes inherit them, and may use all
+        keep_to(USABLE)  # its processes inherit them, and may use all
         journal = Journal(self._logs, self._options.model)
         task = asyncio.create_task(asyncio.to_thread(self._create_blocking, journal))
         began = time.monotonic()
@@ -339,9 +337,10 @@ class VllmEngine:
         if self._journal is not None:
             self._journal.remove()
         self._journal = journal
-        if (processes := _processes(client)) and (left := stay_off(processes[0].pid, self._cpus)) != self._cpus:
-            cpus = ", ".join(map(str, sorted(left)))
-            logger.info("vLLM: its threads are bound to CPUs; the server keeps to CPU %s", cpus)
+        for process in _processes(client)[:1]:
+            if (left := stay_off(process.pid)) != USABLE:
+                cpus = ", ".join(map(str, sorted(left)))
+                logger.info("vLLM: its threads are bound to CPUs; the server keeps to CPU %s", cpus)
         return client
 
     def _create_blocking(self, journal: Journal) -> AsyncLLM:

@@ -14,21 +14,23 @@ from pathlib import Path
 
 PROC = Path("/proc")
 
+USABLE = frozenset(os.sched_getaffinity(0))
+"""The CPUs that this process had at first."""
 
-def stay_off(pid: int, usable: Set[int]) -> Set[int]:
+
+def stay_off(pid: int) -> Set[int]:
     """Keep every thread of this process off the CPUs that threads of `pid` and its descendants are bound to.
 
-    `usable` are the CPUs that this process had at first. Returns those that it keeps to: all of them where nothing is
-    bound, as on GPUs, or nothing would be left.
+    Returns the CPUs that it keeps to: USABLE where nothing is bound, as on GPUs, or nothing would be left.
     """
     bound: set[int] = set()
     for each in _family(pid):
         for thread in _threads(each):
             with contextlib.suppress(ProcessLookupError):
                 cpus = os.sched_getaffinity(thread)
-                if not cpus >= usable:
+                if not cpus >= USABLE:
                     bound |= cpus
-    left = usable - bound or usable
+    left = USABLE - bound or USABLE
     keep_to(left)
     return left
 

@@ -96,7 +96,6 @@ class NativeProgram(TeamProgram):
         self._previous_rows = 0
         self._sampling: SamplingArrays | None = None  # of the last step, and what was made of it
         self._native: Any = None
-        self._last: tuple[Any, Any, Any] = (None, None, None)  # what choosing again reads of the last step
         self._ropes = [RopeTables(rope, spec.max_position) for rope in spec.ropes()]
         self._program: Any = self._make(
             shape=module.DecoderShape(
@@ -154,12 +153,9 @@ class NativeProgram(TeamProgram):
             self._sampling, self._native = batch.sampling, None
         num_rows = 0 if self._sampling is None else batch.logits_rows.size
         chosen = np.empty(num_rows, np.int32)
-        wanted = None
         try:
             if self._sampling is not None and self._native is None:
                 self._native = native_sampling(self._module, self._sampling)
-            if batch.logprobs is not None:
-                wanted = native_logprobs(self._module, batch.logprobs)
             computed = self._program.step(
                 batch.token_ids,
                 batch.positions,
@@ -169,7 +165,7 @@ class NativeProgram(TeamProgram):
                 batch.logits_rows,
                 batch.causal,
                 self._native,
-                wanted,
+                None if batch.logprobs is None else native_logprobs(self._module, batch.logprobs),
                 batch.logits,
                 batch.hidden,
                 chosen,
@@ -182,14 +178,12 @@ class NativeProgram(TeamProgram):
             check_batch(self.spec, batch, self.num_blocks, self._previous_rows)
             raise ValueError("the kernels refuse a step that passes their checks in Python")
         self._previous_rows = num_rows
-        self._last = self._native if num_rows else None, wanted, batch.logits
         return chosen
 
     def choose_again(self, row: int, mask: UInt32) -> int:
         """See `Program.choose_again`."""
-        native, wanted, logits = self._last
-        check_again(None if native is None else self._sampling, row, mask, self.spec.vocab_size)
-        chosen: int = self._program.choose_again(native, wanted, logits, row, mask)
+        check_again(self._sampling, row, mask, self.spec.vocab_size)
+        chosen: int = self._program.choose_again(row, mask)
         return chosen
 
     def copy_blocks(self, pairs: Int32) -> None:

@@ -22,7 +22,7 @@ from engine.config import BLOCK_SIZE, KV_DTYPES
 from engine.kernels.batch import Float32, Int32, LogprobArrays, SamplingArrays, StepBatch, UInt32, Weights
 from engine.kernels.layout import GROUP, LANES, PackedTensor, dequantize, from_bf16, to_bf16, unpack_matrix
 from engine.kernels.reference_math import exp, fma, gelu_tanh, silu, softcapped, sum_lanes
-from engine.kernels.reference_sampler import sample, sample_row, write_logprobs
+from engine.kernels.reference_sampler import rows_of, sample, sample_row, write_logprobs
 from engine.kernels.validate import check_again, check_batch, check_copies, check_weights
 from engine.models.spec import DecoderSpec, RopeSpec
 
@@ -129,8 +129,9 @@ class ReferenceProgram:
         assert self._last is not None
         logits, sampling, logprobs = self._last
         self._chosen[row] = sample_row(logits[row], sampling, row, mask)
-        if logprobs is not None:
-            write_logprobs(logits, self._chosen, logprobs)
+        if logprobs is not None:  # of this row alone: another thread may be at another one
+            only = slice(row, row + 1)
+            write_logprobs(logits[only], self._chosen[only], rows_of(logprobs, only))
         return int(self._chosen[row])
 
     def copy_blocks(self, pairs: Int32) -> None:

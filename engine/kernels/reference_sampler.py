@@ -6,6 +6,7 @@ sum lies within rounding of a threshold; everywhere else both choose the same to
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -126,6 +127,11 @@ def write_logprobs(logits: Float32, chosen: Int32, wanted: LogprobArrays) -> Non
             wanted.logprobs[r, i] = (float(row[each]) - float(largest)) - total
         if np.isfinite(row[token]):
             wanted.ranks[r] = 1 + int((order == token).argmax())
+
+
+def rows_of(wanted: LogprobArrays, rows: slice) -> LogprobArrays:
+    """Some rows of the arrays, as views."""
+    return LogprobArrays(*(getattr(wanted, field.name)[rows] for field in dataclasses.fields(wanted)))
 
 
 def log_of_sum(row: Float32, largest: np.float32) -> float:

@@ -36,7 +36,7 @@ COMPILE_STACK = 16 << 20
 
 MASK_SECONDS = 1.0
 MASK_SECONDS_PER_TOKEN = 0.01
-"""Time of a processor that the masks of one answer may take, beside the library's limits on each."""
+"""Time of a processor that checks and masks of one answer may take, beside the library's limits on each."""
 
 
 def parser_limits() -> LLParserLimits:

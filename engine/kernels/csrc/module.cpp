@@ -222,6 +222,7 @@ class Program {
               bool causal, const PySampling* sampling, const PyLogprobs* wanted, std::optional<Array<float>> logits,
               std::optional<Array<float>> hidden, Array<int32_t> chosen) {
         Decoder& decoder = open();
+        again_.reset();
         Step step{};
         step.num_tokens = static_cast<int>(token_ids.size());
         step.num_requests = static_cast<int>(seq_lens.size());
@@ -263,26 +264,24 @@ class Program {
               logits_rows, logits, hidden, chosen, sampling ? std::optional(*sampling) : std::nullopt,
               wanted ? std::optional(*wanted) : std::nullopt);
         previous_.assign(step.chosen, step.chosen + (sampling ? step.num_rows : 0));
+        if (sampling && sampling->again)
+            again_.emplace(*sampling, wanted ? std::optional(*wanted) : std::nullopt, logits);
         return true;
     }
 
-    // Arrays of the last step; another thread may ask for another row.
-    int32_t choose_again(const PySampling& sampling, const PyLogprobs* wanted, std::optional<Array<float>> logits,
-                         int row, Array<const uint32_t> mask) {
+    // Another token for a row of the last step; another thread may ask for another row.
+    int32_t choose_again(int row, Array<const uint32_t> mask) {
         const Decoder& decoder = open();
-        const int rows = static_cast<int>(previous_.size());
-        if (row < 0 || row >= rows || !sampling.fits(rows, shape_.vocab) || !sampling.again ||
-            !sampling.again->data()[row] || !shaped(mask, (shape_.vocab + 31) / 32) ||
-            (logits && !shaped(*logits, rows, shape_.vocab)) || (wanted && !wanted->fits(rows, shape_.vocab)))
+        if (!again_ || row < 0 || row >= static_cast<int>(previous_.size()) || !again_->sampling.again->data()[row] ||
+            !shaped(mask, (shape_.vocab + 31) / 32))
             throw std::invalid_argument("choose_again: not what the last step was asked");
-        const float* kept = logits ? logits->data() + int64_t{row} * shape_.vocab : decoder.kept_logits(row);
-        const Sampling how = sampling.view();
-        const Logprobs logprobs = wanted ? wanted->view() : Logprobs{};
+        const auto& [sampling, wanted, logits] = *again_;
         nb::gil_scoped_release release;
+        const float* kept = logits ? logits->data() + int64_t{row} * shape_.vocab : decoder.kept_logits(row);
         thread_local SamplerScratch scratch;
-        const int32_t chosen = sample_row(how, row, kept, shape_.vocab, scratch, mask.data());
-        if (wanted && logprobs.wants(row))
-            write_logprobs(logprobs, row, chosen, kept, shape_.vocab);
+        const int32_t chosen = sample_row(sampling.view(), row, kept, shape_.vocab, scratch, mask.data());
+        if (wanted && wanted->view().wants(row))
+            write_logprobs(wanted->view(), row, chosen, kept, shape_.vocab);
         return previous_[static_cast<size_t>(row)] = chosen;
     }
 
@@ -346,6 +345,13 @@ class Program {
     std::unique_ptr<Decoder> decoder_;
     std::optional<Stalled> stalled_;
     std::vector<int32_t> previous_;
+    // What rows of the last step are chosen again from, if it keeps any: arrays that it has checked.
+    struct Again {
+        PySampling sampling;
+        std::optional<PyLogprobs> logprobs;
+        std::optional<Array<float>> logits;
+    };
+    std::optional<Again> again_;
 };
 
 class EncoderProgram {
@@ -632,8 +638,7 @@ NB_MODULE(SERAPH_MODULE, m) {
              nb::arg("logits_rows").noconvert(), nb::arg("causal"), nb::arg("sampling").none(),
              nb::arg("logprobs").none(), nb::arg("logits").noconvert().none(), nb::arg("hidden").noconvert().none(),
              nb::arg("chosen").noconvert())
-        .def("choose_again", &Program::choose_again, nb::arg("sampling"), nb::arg("logprobs").none(),
-             nb::arg("logits").noconvert().none(), nb::arg("row"), nb::arg("mask").noconvert())
+        .def("choose_again", &Program::choose_again, nb::arg("row"), nb::arg("mask").noconvert())
         .def("copy_blocks", &Program::copy_blocks, nb::arg("pairs"))
         .def("profile", &Program::profile, nb::arg("on"))
         .def("phase_seconds", &Program::phase_seconds)

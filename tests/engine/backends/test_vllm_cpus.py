@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.backends.vllm_cpus import keep_to, stay_off
+from engine.backends.vllm_cpus import USABLE, keep_to, stay_off
 
 BOUND = """
 import subprocess, sys
@@ -20,11 +20,10 @@ subprocess.run([sys.executable, "-c", bind])
 """
 
 
-@pytest.fixture
-def usable() -> Iterator[set[int]]:
-    before = os.sched_getaffinity(0)
-    yield before
-    keep_to(before)
+@pytest.fixture(autouse=True)
+def all_usable() -> Iterator[None]:
+    yield
+    keep_to(USABLE)
 
 
 def bound_to(*cpus: int) -> subprocess.Popen[str]:
@@ -44,37 +43,37 @@ def affinities() -> set[frozenset[int]]:
     return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
 
 
-def test_every_thread_keeps_off_the_cpus_of_a_descendant(usable: set[int]) -> None:
-    if len(usable) < 2:
+def test_every_thread_keeps_off_the_cpus_of_a_descendant() -> None:
+    if len(USABLE) < 2:
         pytest.skip("one CPU: nothing would be left")
-    first = min(usable)
+    first = min(USABLE)
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
     process = bound_to(first)
     try:
-        assert stay_off(process.pid, usable) == usable - {first}
-        assert affinities() == {frozenset(usable - {first})}
-        keep_to(usable)
-        assert affinities() == {frozenset(usable)}
+        assert stay_off(process.pid) == USABLE - {first}
+        assert affinities() == {USABLE - {first}}
+        keep_to(USABLE)
+        assert affinities() == {USABLE}
     finally:
         end(process)
         done.set()
         thread.join()
 
 
-def test_where_nothing_is_bound_or_would_be_left_all_stay_usable(usable: set[int]) -> None:
-    process = bound_to(*usable)
+def test_where_nothing_is_bound_or_would_be_left_all_stay_usable() -> None:
+    process = bound_to(*USABLE)
     try:
-        assert stay_off(process.pid, usable) == usable
+        assert stay_off(process.pid) == USABLE
     finally:
         end(process)
-    assert stay_off(process.pid, usable) == usable, "it has ended"
-    if len(usable) > 1:  # one is bound to each
-        processes = [bound_to(cpu) for cpu in usable]
+    assert stay_off(process.pid) == USABLE, "it has ended"
+    if len(USABLE) > 1:  # one is bound to each
+        processes = [bound_to(cpu) for cpu in USABLE]
         try:
-            assert stay_off(os.getpid(), usable) == usable
+            assert stay_off(os.getpid()) == USABLE
         finally:
             for one in processes:
                 end(one)
-    assert affinities() == {frozenset(usable)}
+    assert affinities() == {USABLE}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch
+from engine.kernels.batch import Float32, Int32, Program, SamplingArrays, StepBatch, UInt32
 from engine.kernels.layout import GROUP, Correction, PackedTensor, pack_bf16, pack_matrix, to_bf16
 from engine.models.spec import DecoderSpec, RopeSpec
 
@@ -172,6 +172,13 @@ def sampling_arrays(num_rows: int, **changes: Any) -> SamplingArrays:
             value = np.full(current.shape, value, current.dtype)
         arrays = dataclasses.replace(arrays, **{name: value})
     return arrays
+
+
+def mask_of(allowed: Iterable[int], vocab: int) -> UInt32:
+    """A mask, uint32 [ceil(vocab / 32)], that allows these tokens."""
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:

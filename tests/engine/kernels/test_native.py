@@ -34,6 +34,7 @@ from tests.engine.kernels.steps import (
     cosines,
     logits_of,
     make_batch,
+    mask_of,
     random_matrix,
     random_weights,
     sampling_arrays,
@@ -622,18 +623,10 @@ def test_tokens_are_the_twins(
 def test_a_mask_decides_what_is_allowed(isa: str) -> None:
     logits = np.random.default_rng(4).normal(size=(5, 70)).astype(np.float32)
     allowed = [3, 31, 32, 69]
-    bits = np.zeros(96, np.uint8)
-    bits[allowed] = 1
-    masks = np.repeat(np.packbits(bits, bitorder="little").view(np.uint32).reshape(1, 3), 5, axis=0)
+    masks = np.tile(mask_of(allowed, 70), (5, 1))
     expected = np.array(allowed)[logits[:, allowed].argmax(axis=1)]
     np.testing.assert_array_equal(native_sample(isa, logits, greedy(5), masks), expected)
     np.testing.assert_array_equal(native_sample(isa, logits, greedy(5), np.zeros_like(masks)), -1)
-
-
-def masks_of(allowed: Sequence[int], vocab: int) -> UInt32:
-    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
-    bits[list(allowed)] = 1
-    return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -665,12 +658,12 @@ def test_rows_are_chosen_again_as_the_twin_does(
         first = program.step(batch).tolist()
         untouched = wanted.tokens[1].copy()
         others = [t for t in range(spec.vocab_size) if t not in first]
-        again = [program.choose_again(row, masks_of(others[row::3], spec.vocab_size)) for row in (2, 0)]
+        again = [program.choose_again(row, mask_of(others[row::3], spec.vocab_size)) for row in (2, 0)]
         assert {*again} <= {*others} and wanted.tokens[[2, 0], 0].tolist() == again
         assert (wanted.tokens[1] == untouched).all()
         assert (wanted.ranks[[0, 2]] > 1).all() or temperature > 0
-        assert program.choose_again(0, masks_of([], spec.vocab_size)) == -1
-        last = program.choose_again(0, masks_of([7], spec.vocab_size))
+        assert program.choose_again(0, mask_of([], spec.vocab_size)) == -1
+        last = program.choose_again(0, mask_of([7], spec.vocab_size))
         assert last == 7
         deferred = make_batch([Piece([-1], 4, [0])], spec)  # reads row 0, which is token 7 now
         program.step(deferred)
@@ -687,7 +680,7 @@ def test_rows_are_chosen_again_as_the_twin_does(
 
 def test_only_rows_that_were_kept_are_chosen_again(isa: str) -> None:
     spec = tiny_spec()
-    mask = masks_of([1], spec.vocab_size)
+    mask = mask_of([1], spec.vocab_size)
     program = NativeProgram(spec, random_weights(spec), num_blocks=4, isa=isa)
     with pytest.raises(ValueError, match=r"row: expected one that the last step kept, \[\], got 0"):
         program.choose_again(0, mask)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.kernels.batch import Float32, SamplingArrays
 from engine.kernels.reference_sampler import adjusted_logits, kept_tokens, philox4x32, sample, uniform
-from tests.engine.kernels.steps import sampling_arrays
+from tests.engine.kernels.steps import mask_of, sampling_arrays
 
 NONE_ALLOWED = -1
 logit = st.one_of(st.integers(-8, 8).map(float), st.floats(-20, 20, width=32), st.just(-math.inf))
@@ -229,13 +229,6 @@ def test_without_any_allowed_token_there_is_none(temperature: float) -> None:
     how = sampling_arrays(2, temperature=temperature, bias=[{0: -math.inf, 1: -math.inf}, {}])
     assert sample(np.zeros((2, 2), np.float32), how)[0] == NONE_ALLOWED
     assert sample(np.zeros((2, 2), np.float32), how)[1] >= 0
-
-
-def mask_of(allowed: list[int], vocab: int) -> np.ndarray:
-    mask = np.zeros((vocab + 31) // 32, np.uint32)
-    for t in allowed:
-        mask[t // 32] |= np.uint32(1) << np.uint32(t % 32)
-    return mask
 
 
 def test_a_mask_allows_what_its_bits_name() -> None:
